@@ -1,0 +1,85 @@
+"""Read (DESIGN 2.4): the weighted sum of the addressed rows of the values."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape, require_slots
+from fwpkm.ops._library import refuse_double_backward, register, register_backward
+from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
+
+
+def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """``out = sum_j weights[..., j] * values[slots[..., j]]`` (paper, equation 6).
+
+    Args:
+        values: ``[N, Dv]``, float32 (float64 for numerical checks).
+        slots: ``[..., K]`` int64 in ``[0, N)``.
+        weights: ``[..., K]``, dtype of ``values``.
+
+    Returns:
+        ``[..., Dv]``. Gradients flow to ``weights`` and, as a dense ``[N, Dv]`` tensor, to ``values`` when they require one.
+        Its backward needs ``values`` as they were read: writing them in between is an error that autograd reports
+        (:func:`memory_scan` keeps the rows it read instead).
+
+    Raises:
+        ValueError: for a wrong shape or dtype, or a slot out of range.
+    """
+    require_shape("values", values, ("N", "Dv"))
+    require_fast_weight_dtype("values", values)
+    require_dtype("slots", slots, torch.int64)
+    require_dtype("weights", weights, values.dtype)
+    require(slots.dim() > 0, "slots.shape", list(slots.shape), "[..., K]")
+    require(weights.shape == slots.shape, "weights.shape", list(weights.shape), f"that of slots, {list(slots.shape)}")
+    return _operator(values, slots, weights)
+
+
+def _cpu(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    require_slots("slots", slots, values.shape[0])
+    fanout = slots.shape[-1]
+    out = weighted_sum(values.contiguous(), slots.reshape(-1, fanout), weights.reshape(-1, fanout))
+    return out.view(*slots.shape[:-1], values.shape[1])
+
+
+def _fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    return values.new_empty((*slots.shape[:-1], values.shape[1]))
+
+
+def _backward_cpu(
+    grad: Tensor, values: Tensor, slots: Tensor, weights: Tensor, values_need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    vectors, index = grad.reshape(-1, values.shape[1]).contiguous(), slots.reshape(-1, slots.shape[-1])
+    tokens = token_of_entry(index)
+    grad_weights = row_products(values.contiguous(), index.reshape(-1), vectors, tokens).view(slots.shape)
+    grad_values = values.new_zeros(values.shape if values_need_grad else 0)
+    if values_need_grad:
+        add_to_rows_(grad_values, segment(index.reshape(-1), tokens), weights, vectors)
+    return grad_values, grad_weights
+
+
+def _backward_fake(
+    grad: Tensor, values: Tensor, slots: Tensor, weights: Tensor, values_need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape if values_need_grad else 0), weights.new_empty(weights.shape)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    values_need_grad = ctx.needs_input_grad[0]
+    grad_values, grad_weights = _backward_operator(grad, *ctx.saved_tensors, values_need_grad)
+    return grad_values if values_need_grad else None, None, grad_weights
+
+
+_operator = register("memory_read(Tensor values, Tensor slots, Tensor weights) -> Tensor", _cpu, _fake)
+_backward_operator = register(
+    "memory_read_backward(Tensor grad, Tensor values, Tensor slots, Tensor weights, bool values_need_grad)"
+    " -> (Tensor, Tensor)",
+    _backward_cpu,
+    _backward_fake,
+)
+register_backward(_operator, _backward, _setup_context)
+refuse_double_backward(_backward_operator)

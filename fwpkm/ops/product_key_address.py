@@ -1,0 +1,180 @@
+"""Addresses (DESIGN 2.1 and 2.2): sub-scores of a query against both codebooks, and their product-key top-k."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.ops._library import refuse_double_backward, register, register_backward
+from fwpkm.ops.product_key_topk import combine, largest, selected_gradient
+
+SCORES = ("idw", "dot")
+_BLOCK = 1 << 21  # sub-scores held at once: 8 MB, about a core's share of the cache
+
+
+def product_key_address(
+    query: Tensor, keys: Tensor, k: int, score: str = "idw", eps: float = 1e-3
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score every query against its memory's sub-keys and pick the ``k`` best slots a head.
+
+    Args:
+        query: ``[M, P, H, Dk]``, float32 (float64 for numerical checks).
+        keys: ``[M, H, 2, n, Dk/2]``, or ``[1, H, 2, n, Dk/2]`` when the memories share them; dtype of ``query``.
+        k: slots a head, ``1 <= k <= n``.
+        score: ``"idw"``, ``-log(eps + ||q - K_i||^2)``, or ``"dot"``, ``q . K_i``.
+        eps: of the inverse distance weighting, positive.
+
+    Returns:
+        ``scores [M, P, H, k]`` and ``slots [M, P, H, k]`` (int64) as :func:`product_key_topk` gives them, and of the
+        selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``. Gradients of both scores flow to ``query`` and
+        ``keys``.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``.
+    """
+    check_query_and_keys(query, keys, score)
+    require(eps > 0, "eps", eps, "a positive number")
+    require(1 <= k <= keys.shape[3], "k", k, f"1 <= k <= n_subkeys ({keys.shape[3]})")
+    return _operator(query, keys, k, score, eps)
+
+
+def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
+    """The checks that operators on queries and sub-keys share."""
+    require_shape("query", query, ("M", "P", "H", "Dk"))
+    memories, _, heads, width = query.shape
+    require(width % 2 == 0, "query.shape[-1]", width, "an even key width Dk, one half a codebook")
+    require_shape("keys", keys, ("M or 1", heads, 2, "n", width // 2))
+    require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], f"1 or the {memories} memories of query")
+    require_fast_weight_dtype("query", query)
+    require_dtype("keys", keys, query.dtype)
+    require(score in SCORES, "score", repr(score), " or ".join(map(repr, SCORES)))
+
+
+def by_codebook(query: Tensor, shared_keys: bool) -> Tensor:
+    """Queries ``[M, P, H, Dk]`` as rows a codebook: ``[G, R, Dk/2]``, ``G`` codebooks in the order of ``keys.flatten(0, 2)``."""
+    pattern = "m p h (c d) -> (h c) (m p) d" if shared_keys else "m p h (c d) -> (m h c) p d"
+    return rearrange(query, pattern, c=2)
+
+
+def selected_by_codebook(selected: Tensor, shared_keys: bool) -> Tensor:
+    """The same for what was selected: ``[M, P, H, 2, k]`` -> ``[G, R, k]``."""
+    return rearrange(selected, "m p h c k -> (h c) (m p) k" if shared_keys else "m p h c k -> (m h c) p k")
+
+
+def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    memories, tokens, heads, _ = query.shape
+    shared = keys.shape[0] == 1
+    rows, keys = by_codebook(query, shared), keys.flatten(0, 2)
+    n = keys.shape[1]
+    selected = [_select(rows[:, block], keys, k, score, eps) for block in _blocks(*rows.shape[:2], n)]
+    sub_scores, sub_slots = (torch.cat(parts, dim=1) for parts in zip(*selected, strict=True))
+    pattern = "(h c) (m p) k -> m p h c k" if shared else "(m h c) p k -> m p h c k"
+    sizes = {"m": memories, "h": heads, "c": 2}
+    sub_scores, sub_slots = (rearrange(x, pattern, **sizes).contiguous() for x in (sub_scores, sub_slots))
+    scores, slots = combine(sub_scores.view(-1, 2, k), sub_slots.view(-1, 2, k), n)
+    shape = (memories, tokens, heads, k)
+    return scores.view(shape), slots.view(shape), sub_scores, sub_slots
+
+
+def _blocks(codebooks: int, rows: int, n: int) -> Iterator[slice]:
+    size = max(1, _BLOCK // (codebooks * n))
+    return (slice(start, start + size) for start in range(0, max(rows, 1), size))
+
+
+def _select(rows: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Best ``k`` sub-keys of rows ``[G, R, d]`` against ``keys [G, n, d]``: sub-scores and their indices ``[G, R, k]``."""
+    shape = (*rows.shape[:2], k)
+    if score == "dot":
+        sub_scores, sub_slots = largest(torch.bmm(rows, keys.mT).flatten(0, 1), k)
+        return sub_scores.view(shape), sub_slots.view(shape)
+    # ||q||^2 is the same for all sub-keys of a row: rank by 2 q.K - ||K||^2, and add it to the selected only.
+    nearness = torch.baddbmm(-keys.square().sum(-1).unsqueeze(1), rows, keys.mT, alpha=2)
+    nearness, sub_slots = (x.view(shape) for x in largest(nearness.flatten(0, 1), k))
+    squared_distance = (rows.square().sum(-1, keepdim=True) - nearness).clamp_min_(0)
+    return squared_distance.add_(eps).log_().neg_(), sub_slots
+
+
+def _fake(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (*query.shape[:3], k)
+    sub_shape = (*query.shape[:3], 2, k)
+    slots = query.new_empty(shape, dtype=torch.int64)
+    return query.new_empty(shape), slots, query.new_empty(sub_shape), slots.new_empty(sub_shape)
+
+
+def _backward_cpu(
+    grad_scores: Tensor,
+    grad_sub_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    sub_scores: Tensor,
+    sub_slots: Tensor,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    shared = keys.shape[0] == 1
+    n = keys.shape[3]
+    grad_selected = selected_gradient(grad_scores, slots, sub_slots, n) + grad_sub_scores
+    if score == "idw":  # ds_i/dq = -ds_i/dK_i = -2 (q - K_i) / (eps + d_i), and 1 / (eps + d_i) = exp(s_i)
+        grad_selected = grad_selected * sub_scores.exp() * -2
+    rows, flat_keys = by_codebook(query, shared), keys.flatten(0, 2)
+    grad_selected = selected_by_codebook(grad_selected, shared)
+    sub_slots = selected_by_codebook(sub_slots, shared)
+
+    grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    grad_keys = torch.zeros_like(flat_keys, memory_format=torch.contiguous_format)
+    for block in _blocks(*rows.shape[:2], n):
+        selected = grad_selected[:, block]
+        coefficients = selected.new_zeros(*selected.shape[:2], n).scatter_(-1, sub_slots[:, block], selected)
+        to_rows, to_keys = torch.bmm(coefficients, flat_keys), torch.bmm(coefficients.mT, rows[:, block])
+        if score == "dot":
+            grad_rows[:, block] = to_rows
+            grad_keys += to_keys
+        else:
+            grad_rows[:, block] = selected.sum(-1, keepdim=True) * rows[:, block] - to_rows
+            grad_keys += coefficients.sum(1).unsqueeze(-1) * flat_keys - to_keys
+    pattern = "(h c) (m p) d -> m p h (c d)" if shared else "(m h c) p d -> m p h (c d)"
+    grad_query = rearrange(grad_rows, pattern, m=query.shape[0], h=query.shape[2], c=2).contiguous()
+    return grad_query, grad_keys.view(keys.shape)
+
+
+def _backward_fake(
+    grad_scores: Tensor,
+    grad_sub_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    sub_scores: Tensor,
+    sub_slots: Tensor,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), keys.new_empty(keys.shape)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    query, keys, _, ctx.score, _ = inputs
+    _, slots, sub_scores, sub_slots = output
+    ctx.mark_non_differentiable(slots, sub_slots)
+    ctx.save_for_backward(query, keys, slots, sub_scores, sub_slots)
+
+
+def _backward(ctx: Any, grad_scores: Tensor, _slots: Tensor, grad_sub_scores: Tensor, _sub_slots: Tensor) -> Any:
+    grad_query, grad_keys = _backward_operator(grad_scores, grad_sub_scores, *ctx.saved_tensors, ctx.score)
+    return grad_query, grad_keys, None, None, None
+
+
+_operator = register(
+    "product_key_address(Tensor query, Tensor keys, int k, str score, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _cpu,
+    _fake,
+)
+_backward_operator = register(
+    "product_key_address_backward(Tensor grad_scores, Tensor grad_sub_scores, Tensor query, Tensor keys, Tensor slots,"
+    " Tensor sub_scores, Tensor sub_slots, str score) -> (Tensor, Tensor)",
+    _backward_cpu,
+    _backward_fake,
+)
+register_backward(_operator, _backward, _setup_context)
+refuse_double_backward(_backward_operator)
