@@ -6,24 +6,34 @@ import torch
 from torch import Tensor
 
 
-def require(condition: bool, argument: str, value: object, expected: str) -> None:
-    """Raise ``ValueError("<argument> is <value>; expected <expected>")`` unless ``condition``."""
+def require(condition: bool, argument: str, value: object, expected: str, *details: object) -> None:
+    """Raise ``ValueError("<argument> is <value>; expected <expected>")`` unless ``condition``.
+
+    ``details`` fill the ``{}`` of ``expected``, and only then: sizes stay symbolic while a graph is traced.
+    """
     if not condition:
-        raise ValueError(f"{argument} is {value}; expected {expected}")
+        raise ValueError(f"{argument} is {value}; expected {expected.format(*details)}")
 
 
 def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
     """Check a tensor's shape; a string in ``shape`` names a dimension of any size."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=False)
-    )
-    names = ", ".join(str(size) for size in shape)
-    require(fits, f"{argument}.shape", list(tensor.shape), f"[{names}]")
+    fits = tensor.dim() == len(shape)
+    for have, want in zip(tensor.shape, shape, strict=False):
+        fits = fits and (isinstance(want, str) or have == want)
+    if not fits:
+        raise ValueError(f"{argument}.shape is {list(tensor.shape)}; expected [{', '.join(map(str, shape))}]")
 
 
 def require_dtype(argument: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     """Check that a tensor has one of ``dtypes``."""
-    require(tensor.dtype in dtypes, f"{argument}.dtype", tensor.dtype, " or ".join(str(d) for d in dtypes))
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{argument}.dtype is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+
+
+def require_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Check that a string is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{argument} is {value!r}; expected {' or '.join(map(repr, choices))}")
 
 
 def require_fast_weight_dtype(argument: str, tensor: Tensor) -> None:
@@ -35,4 +45,4 @@ def require_slots(argument: str, slots: Tensor, n_slots: int) -> None:
     """Check on the CPU that every slot lies in ``[0, n_slots)``; never called where it would wait for a GPU."""
     if slots.numel():
         low, high = (int(bound) for bound in slots.aminmax())
-        require(0 <= low and high < n_slots, argument, f"in [{low}, {high}]", f"slots in [0, {n_slots})")
+        require(0 <= low and high < n_slots, argument, f"in [{low}, {high}]", "slots in [0, {})", n_slots)

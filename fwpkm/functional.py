@@ -105,10 +105,10 @@ def _check(query: Tensor, target: Tensor, gate: Tensor, state: MemoryState, conf
     require_shape("gate", gate, (batch, length))
     for name, tensor in (("query", query), ("target", target), ("gate", gate)):
         require(tensor.is_floating_point(), f"{name}.dtype", tensor.dtype, "a floating dtype")
-    require(config.topk <= n, "config.topk", config.topk, f"at most n_subkeys ({n})")
-    require(config == state.config, "config", config, f"the configuration of the state, {state.config}")
+    require(config.topk <= n, "config.topk", config.topk, "at most n_subkeys ({})", n)
+    require(config == state.config, "config", config, "the configuration of the state, {}", state.config)
     rows = state.columns if config.scope == "shared" else state.memories
-    require(batch == rows, "query.shape[0]", batch, f"{rows}, the batch of the state")
+    require(batch == rows, "query.shape[0]", batch, "{}, the batch of the state", rows)
 
 
 def _advance(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
 from fwpkm.ops import Log, key_commit, memory_write_
 
 WRITE_SCALES = ("reference", "paper", "exact")
@@ -58,7 +58,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         for name, low in (("topk", 1), ("chunk_size", 1), ("lookahead", 0)):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= low, name, value, f"an integer >= {low}")
+            require(isinstance(value, int) and value >= low, name, value, "an integer >= {}", low)
         for name in ("learning_rate", "addressing_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         for name in ("score_eps", "temperature"):
@@ -71,8 +71,7 @@ class MemoryConfig:
             "scope": SCOPES,
         }
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value in allowed, name, repr(value), " or ".join(map(repr, allowed)))
+            require_choice(name, getattr(self, name), allowed)
         every = self.detach_every
         require(every is None or every >= 1, "detach_every", every, "None or an integer >= 1")
 
@@ -156,7 +155,7 @@ class MemoryState:
         """The state of ``batch`` sequences that have read nothing."""
         memories, columns = (1, batch) if config.scope == "shared" else (batch, 1)
         keys = weights.keys if weights.keys.dim() == 5 else weights.keys.unsqueeze(0)
-        require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], f"1 or {memories}, the number of memories")
+        require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], "1 or {}, the memories", memories)
         return cls(config, keys, weights.values, memories=memories, columns=columns)
 
     @property

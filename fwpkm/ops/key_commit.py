@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_shape
+from fwpkm.checks import require_dtype, require_shape
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops.product_key_address import by_codebook, check_query_and_keys, selected_by_codebook
 
@@ -44,9 +44,8 @@ def key_commit(
     """
     check_query_and_keys(query, keys, score)
     memories, tokens, heads, _ = query.shape
-    for name, tensor in (("sub_scores", sub_scores), ("sub_slots", sub_slots)):
-        require_shape(name, tensor, (memories, tokens, heads, 2, "k"))
-    require(sub_scores.shape == sub_slots.shape, "sub_slots.shape", list(sub_slots.shape), f"{list(sub_scores.shape)}")
+    require_shape("sub_scores", sub_scores, (memories, tokens, heads, 2, "k"))
+    require_shape("sub_slots", sub_slots, sub_scores.shape)
     require_dtype("sub_scores", sub_scores, query.dtype)
     require_dtype("sub_slots", sub_slots, torch.int64)
     if mask is not None:
@@ -90,12 +89,9 @@ def _addressing_loss(sub_scores: Tensor, sub_slots: Tensor, mask: Tensor | None,
 
 def _at(per_subkey: Tensor, sub_slots: Tensor) -> Tensor:
     """Look up ``[M, 2, n]`` at ``sub_slots [M, P, H, 2, k]``."""
-    return rearrange(
-        per_subkey.gather(-1, rearrange(sub_slots, "m p h c k -> m c (p h k)")),
-        "m c (p h k) -> m p h c k",
-        p=sub_slots.shape[1],
-        h=sub_slots.shape[2],
-    )
+    _, tokens, heads, _, topk = sub_slots.shape
+    found = per_subkey.gather(-1, rearrange(sub_slots, "m p h c k -> m c (p h k)"))
+    return rearrange(found, "m c (p h k) -> m p h c k", p=tokens, h=heads, k=topk)
 
 
 def _coefficients(gradient: Tensor, sub_scores: Tensor, score: str) -> Tensor:

@@ -30,8 +30,8 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     require_fast_weight_dtype("values", values)
     require_dtype("slots", slots, torch.int64)
     require_dtype("weights", weights, values.dtype)
-    require(slots.dim() > 0, "slots.shape", list(slots.shape), "[..., K]")
-    require(weights.shape == slots.shape, "weights.shape", list(weights.shape), f"that of slots, {list(slots.shape)}")
+    require(slots.dim() > 0, "slots.shape", slots.shape, "[..., K]")
+    require_shape("weights", weights, slots.shape)
     return _operator(values, slots, weights)
 
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops.product_key_topk import combine, largest, selected_gradient
 
@@ -37,7 +37,7 @@ def product_key_address(
     """
     check_query_and_keys(query, keys, score)
     require(eps > 0, "eps", eps, "a positive number")
-    require(1 <= k <= keys.shape[3], "k", k, f"1 <= k <= n_subkeys ({keys.shape[3]})")
+    require(1 <= k <= keys.shape[3], "k", k, "1 <= k <= n_subkeys ({})", keys.shape[3])
     return _operator(query, keys, k, score, eps)
 
 
@@ -47,10 +47,10 @@ def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
     memories, _, heads, width = query.shape
     require(width % 2 == 0, "query.shape[-1]", width, "an even key width Dk, one half a codebook")
     require_shape("keys", keys, ("M or 1", heads, 2, "n", width // 2))
-    require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], f"1 or the {memories} memories of query")
+    require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], "1 or the {} memories of query", memories)
     require_fast_weight_dtype("query", query)
     require_dtype("keys", keys, query.dtype)
-    require(score in SCORES, "score", repr(score), " or ".join(map(repr, SCORES)))
+    require_choice("score", score, SCORES)
 
 
 def by_codebook(query: Tensor, shared_keys: bool) -> Tensor:

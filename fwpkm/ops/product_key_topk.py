@@ -26,14 +26,10 @@ def product_key_topk(sub_scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     Raises:
         ValueError: for a wrong shape or dtype, or ``k`` outside ``[1, n]``.
     """
-    require(
-        sub_scores.dim() >= 3 and sub_scores.shape[-2] == 2,
-        "sub_scores.shape",
-        list(sub_scores.shape),
-        "[..., heads, 2, n_subkeys]",
-    )
+    halves = sub_scores.dim() >= 3 and sub_scores.shape[-2] == 2
+    require(halves, "sub_scores.shape", sub_scores.shape, "[..., heads, 2, n_subkeys]")
     require_fast_weight_dtype("sub_scores", sub_scores)
-    require(1 <= k <= sub_scores.shape[-1], "k", k, f"1 <= k <= n_subkeys ({sub_scores.shape[-1]})")
+    require(1 <= k <= sub_scores.shape[-1], "k", k, "1 <= k <= n_subkeys ({})", sub_scores.shape[-1])
     return _operator(sub_scores, k)
 
 

@@ -1,0 +1,41 @@
+# The environment is .venv: made on first use, brought up to date when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo     train a small model and watch its memory at work"
+	@echo "make test     run the tests (ARGS=... goes to pytest)"
+	@echo "make check    lint, check formatting and types"
+	@echo "make format   format, and fix what the linter can"
+	@echo "make clean    remove caches and built packages"
+
+demo: $(READY)
+	$(BIN)/fwpkm demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "fwpkm needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ($(PYTHON) is older or missing)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@touch $@

@@ -1,0 +1,77 @@
+"""Token mixers: transformers' attention, full or sliding-window, the latter in time proportional to the window.
+
+Importing this module registers the attention implementation ``"windowed_sdpa"`` with transformers: ``"sdpa"``, except that an
+unpadded sliding window is computed block by block instead of as a mask over the whole context.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+WINDOWED = "windowed_sdpa"
+
+
+def windowed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: ``[B, heads, T, d]`` in, ``[B, T, heads, d]`` out."""
+    if sliding_window is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    out = sliding_window_attention(
+        query, repeat_kv(key, groups), repeat_kv(value, groups), sliding_window, kwargs.get("scaling")
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def windowed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: no mask where :func:`sliding_window_attention` needs none."""
+    unpadded = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
+    if kwargs.get("local_size") is not None and unpadded:
+        return None
+    return sdpa_mask(*args, **kwargs)
+
+
+def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None) -> Tensor:
+    """Causal attention of each token to itself and the ``window - 1`` tokens before it.
+
+    Args:
+        query: ``[B, heads, T, d]``, the last ``T`` tokens.
+        key, value: ``[B, heads, S, d]``, ``S >= T`` tokens up to the same last one.
+
+    Returns:
+        ``[B, heads, T, d]``, in blocks of ``window`` queries against the ``2 * window - 1`` keys they can see.
+    """
+    length, past = query.shape[2], key.shape[2] - query.shape[2]
+    if length == 1:
+        return scaled_dot_product_attention(query, key[:, :, -window:], value[:, :, -window:], scale=scale)
+    blocks = -(-length // window)
+    tail = blocks * window - length
+    reach = window - 1  # keys before a block's first query that it can see
+    query = pad(query, (0, 0, 0, tail)).unflatten(2, (blocks, window))
+    key, value = (pad(x[:, :, max(0, past - reach) :], (0, 0, max(0, reach - past), tail)) for x in (key, value))
+    # [B, heads, blocks, window + reach, d]: block i sees the keys at i * window - reach .. i * window + window - 1
+    key, value = (x.unfold(2, window + reach, window).transpose(-1, -2) for x in (key, value))
+    row, column = torch.arange(window, device=query.device)[:, None], torch.arange(window + reach, device=query.device)
+    visible = (column >= row) & (column <= row + reach)
+    exists = torch.arange(blocks, device=query.device)[:, None] * window + column >= reach - min(past, reach)
+    mask = visible & exists[:, None, :]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.flatten(2, 3)[:, :, :length]
+
+
+AttentionInterface.register(WINDOWED, windowed_attention_forward)
+AttentionMaskInterface.register(WINDOWED, windowed_mask)

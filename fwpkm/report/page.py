@@ -1,0 +1,403 @@
+"""One self-contained HTML page of a demo's results."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fwpkm.files import write_atomically
+from fwpkm.report import plots
+from fwpkm.report.labels import MISSING, bounded, count, decimal, length_label, percent
+from fwpkm.report.markup import Markup, element
+from fwpkm.report.results import MODELS, Entry, Results, recall_by_length, recall_lengths
+from fwpkm.report.style import style_sheet
+from fwpkm.report.table import COLUMNS, recall_rows
+from fwpkm.report.theme import DARK, LIGHT
+
+_HEADLINES = (2**10, 2**17, 2**20)
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page asks nobody for anything
+
+
+def write_page(results: Results, path: str | Path) -> None:
+    """Write one HTML file with everything in it: figures for light and dark ground, tables, questions to read, settings."""
+    write_atomically(path, page(results))
+
+
+def page(results: Results) -> str:
+    """The whole document."""
+    sections = (_pictures, _recall_table, _other_tables, _questions, _variants, _facts)
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("link", rel="icon", href="data:,"),
+        element("title", "FwPKM: a memory that writes as it reads"),
+        element("style", Markup(style_sheet())),
+    )
+    body = element(
+        "body",
+        _opening(results),
+        element("main", *(section(results) for section in sections)),
+        element(
+            "footer",
+            element("p", f"fwpkm {results['version']}, {results['date']}. K and M are 1,024 and 1,048,576 bytes."),
+        ),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}"
+
+
+def _opening(results: Results) -> Markup:
+    lengths = recall_lengths(results)
+    span = " to ".join(dict.fromkeys(map(length_label, lengths[:1] + lengths[-1:])))
+    return element(
+        "header",
+        element("h1", "A memory that writes as it reads"),
+        element(
+            "p",
+            "Two small language models read real Python source byte by byte, with sentences such as “The secret number "
+            f"for ID-a1b2 is 123456.” scattered through it, and after texts of {span} bytes they are asked for those "
+            "numbers. ",
+            "The two are built alike, except that one has a ",
+            element("strong", "fast-weight memory", class_="memory"),
+            ", a table of fixed size that it rewrites while it reads; the other, the ",
+            element("strong", "control", class_="control"),
+            ", has to do without.",
+        ),
+        element("div", *(_tile(results, length) for length in _headline_lengths(lengths)), class_="tiles"),
+        element("p", "Exact match: the share of questions with all six digits right.", class_="faint"),
+    )
+
+
+def _headline_lengths(lengths: Sequence[int]) -> list[int]:
+    """1K, 128K and 1M, or the shortest, the middle and the longest text of a run without those."""
+    if set(_HEADLINES) <= set(lengths):
+        return list(_HEADLINES)
+    return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]}) if lengths else []
+
+
+def _tile(results: Results, length: int) -> Markup:
+    rows = []
+    for model, name in MODELS.items():
+        entry = recall_by_length(results, model).get(length)
+        bar = element("span", style=f"--share: {entry['exact'] if entry else 0:.4f}")
+        rows += [
+            element("dt", name),
+            element("dd", percent(entry["exact"]) if entry else MISSING, class_=model),
+            element("dd", bar, class_=f"bar {model}", aria_hidden="true"),
+        ]
+    title = element("h2", f"After {length_label(length)} bytes", style="margin: 0; font-size: 1rem")
+    return element("div", title, element("dl", *rows), class_="card")
+
+
+def _pictures(results: Results) -> Markup:
+    cells = [
+        cell["questions"]
+        for entry in results["recall"]
+        for cell in entry["depths"]
+        if cell["questions"] and cell["exact"] is not None
+    ]
+    asked = f" Behind a cell are {_range(cells)} questions." if cells else ""
+    recall = {
+        name: ", ".join(
+            f"{percent(entry['exact'])} at {length_label(length)}"
+            for length, entry in recall_by_length(results, model).items()
+        )
+        for model, name in MODELS.items()
+    }
+    said = "; ".join(f"{name} {shares or 'not measured'}" for name, shares in recall.items())
+    ends = "; ".join(
+        f"{name} loss {decimal(log[-1]['loss'])} and digit accuracy {percent(log[-1]['digit_accuracy'])}"
+        for model, name in MODELS.items()
+        if (log := results["training"][model])
+    )
+    return element(
+        "section",
+        element("h2", "What is remembered, and for how long"),
+        _figure(
+            results,
+            plots.draw_recall_curve,
+            f"Exact match over the length of the text: {said}.",
+            "Exact match over the length of the text. The bands reach down to the 95% lower bound. "
+            "A guess is right once in a million.",
+        ),
+        _figure(
+            results,
+            plots.draw_heat_map,
+            f"Two heat maps of exact match by length and depth, with and without memory. Over all depths: {said}.",
+            "Exact match in percent, by the length of the text and by where in it the number stood. "
+            f"Hatched: no question fell there.{asked}",
+        ),
+        _figure(
+            results,
+            plots.draw_training_curve,
+            f"Loss and digit accuracy over the training. At its end: {ends}.",
+            f"The training of both models. At its end: {ends}. The gate is how much of a byte the memory writes, "
+            "from 0 to 1.",
+        ),
+    )
+
+
+def _figure(results: Results, draw: Callable[[Results, Any], Figure], alt: str, caption: str) -> Markup:
+    light, dark = (plots.png(draw, results, theme) for theme in (LIGHT, DARK))
+    width, height = (int.from_bytes(light[at : at + 4], "big") for at in (16, 20))  # from the header of a PNG
+    picture = element(
+        "picture",
+        element("source", media="(prefers-color-scheme: dark)", srcset=_embedded(dark)),
+        element("img", src=_embedded(light), width=width, height=height, alt=alt),
+    )
+    return element("figure", element("div", picture, class_="scroll"), element("figcaption", caption), class_="card")
+
+
+def _embedded(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def _recall_table(results: Results) -> Markup:
+    groups = [
+        element("th", group, scope="colgroup", colspan=len(list(columns)), class_=_group_class(group))
+        for group, columns in groupby(group for group, _ in COLUMNS)
+    ]
+    head = element(
+        "thead",
+        element("tr", element("th", "Length", scope="col", rowspan=2), *groups),
+        element("tr", *(element("th", name, scope="col") for _, name in COLUMNS)),
+    )
+    caption = (
+        "Exact match has its 95% lower bound in brackets; digits are the single digits that are right. Load: how often "
+        "a slot was written to on average, the same counting only the open part of the gates, and the share of slots "
+        "that were written to at all."
+    )
+    table = element("table", element("caption", caption), head, _rows(recall_rows(results)))
+    return element("section", element("h2", "Recall in numbers"), _boxed(table))
+
+
+def _group_class(group: str) -> str | None:
+    return {"With memory": "memory", "Without memory": "control"}.get(group)
+
+
+def _other_tables(results: Results) -> Markup:
+    overwritten = [
+        [MODELS[entry["model"]], length_label(entry["length"]), count(entry["questions"]), bounded(entry)]
+        + [percent(entry["stale"])]
+        for entry in results["overwritten"]
+    ]
+    switches = {"on": "switched on", "off": "switched off", "none": "none"}
+    perplexity = [
+        [MODELS[entry["model"]], switches[entry["memory"]], count(entry["bytes"])]
+        + [f"{entry['loss']:.4f}", f"{entry['perplexity']:.3f}"]
+        for entry in results["perplexity"]
+    ]
+    return element(
+        "section",
+        element("h2", "Numbers that changed, and ordinary text"),
+        _table(
+            "Some numbers are told twice. Only the latest counts; stale answers are the share that gave an older one.",
+            ["Model", "Length", "Questions", "Exact match (95% bound)", "Stale answers"],
+            overwritten,
+        ),
+        _table(
+            "How well the models predict Python source that they were not trained on; lower is better.",
+            ["Model", "Memory", "Bytes", "Loss, nats a byte", "Perplexity a byte"],
+            perplexity,
+            words=2,
+        ),
+    )
+
+
+def _questions(results: Results) -> Markup:
+    if not results["examples"]:
+        return Markup()
+    return element(
+        "section",
+        element("h2", "Questions to read"),
+        element(
+            "p",
+            element("span", "Around each number, the stronger the colour, the more of a byte was written:"),
+            element("span", "gate 0", class_="faint"),
+            element("span", class_="ramp", role="img", aria_label="a ramp from no colour to strong colour"),
+            element("span", "gate 1.", class_="faint"),
+            element("span", "Point at a character to see its gate."),
+            class_="legend",
+        ),
+        element("div", *(_question(example) for example in results["examples"]), class_="asked"),
+    )
+
+
+def _question(example: Entry) -> Markup:
+    answers = [element("div", element("dt", "The number was"), element("dd", example["expected"], class_="digits"))]
+    for model, name in MODELS.items():
+        right = example[model] == example["expected"]
+        verdict = element("span", "✓ right" if right else "✗ wrong", class_="right" if right else "wrong")
+        answer = element("span", example[model], class_="digits")
+        answers.append(element("div", element("dt", f"The model {name} said"), element("dd", answer, " ", verdict)))
+    whole = example["before"] + example["needle"] + example["after"]
+    gates = gate_of_characters(whole, example["gates"])
+    start, stop = len(example["before"]), len(example["before"]) + len(example["needle"])
+    shown = [_by_gate(whole[part], gates[part]) for part in (slice(start), slice(start, stop), slice(stop, None))]
+    inside, around = gates[start:stop], gates[:start] + gates[stop:]
+    place = (
+        f"Told {count(example['distance'])} bytes before the question, at {example['depth']:.0%} of a text of "
+        f"{length_label(example['length'])} bytes. "
+    )
+    if None in gates:
+        place += "The gates of this text are not known."
+    else:
+        place += f"Mean gate in the sentence {_mean(inside)}, around it {_mean(around)}."
+    return element(
+        "article",
+        element("h3", element("code", example["question"], " …")),
+        element("dl", *answers),
+        element("p", place, class_="faint"),
+        element("pre", shown[0], element("mark", shown[1]), shown[2]),
+        class_="card",
+    )
+
+
+def gate_of_characters(content: str, gates: Sequence[float]) -> list[float | None]:
+    """The gate of every character: the mean over its UTF-8 bytes, or None throughout where the gates fit no such text."""
+    sizes = [len(character.encode(errors="surrogatepass")) for character in content]
+    if len(gates) == len(content):
+        return list(gates)
+    if len(gates) != sum(sizes):
+        return [None] * len(content)
+    remaining = iter(gates)
+    return [fmean(next(remaining) for _ in range(size)) for size in sizes]
+
+
+def _by_gate(content: str, gates: Sequence[float | None]) -> Markup:
+    """Runs of characters with the same gate, coloured by it."""
+    spans = []
+    labelled = zip(content, (None if gate is None else f"{gate:.2f}" for gate in gates), strict=True)
+    for gate, run in groupby(labelled, key=lambda pair: pair[1]):
+        style, title = (None, None) if gate is None else (f"--gate: {gate}", f"gate {gate}")
+        spans.append(element("span", "".join(character for character, _ in run), style=style, title=title))
+    return Markup("".join(spans))
+
+
+def _mean(gates: Sequence[float | None]) -> str:
+    return f"{fmean(gate for gate in gates if gate is not None):.2f}" if gates else MISSING
+
+
+def _variants(results: Results) -> Markup:
+    variants = results.get("variants") or {}
+    tables = [
+        _variant_table(entries, names, caption)
+        for kind, names, caption in (
+            (
+                "key_update",
+                {"key_update": "Keys change", "write_scale": "Write scale"},
+                "When the keys of the memory change, and how far a write goes.",
+            ),
+            (
+                "query_conv",
+                {"query_conv": "Width"},
+                "How many of the last bytes an address depends on (the width of the convolution over queries; 0: none).",
+            ),
+        )
+        if (entries := variants.get(kind))
+    ]
+    if not tables:
+        return Markup()
+    return element("section", element("h2", "Other ways to build the memory"), *tables)
+
+
+def _variant_table(entries: Sequence[Entry], names: dict[str, str], caption: str) -> Markup:
+    lengths = sorted({int(length) for entry in entries for length in entry["recall"]})
+    labels = [length_label(length) for length in lengths]
+    kinds = {"recall": "Exact match", "digits": "Digits"}
+    head = element(
+        "thead",
+        element(
+            "tr",
+            *(element("th", name, scope="col", rowspan=2, class_="words") for name in names.values()),
+            *(element("th", kind, scope="colgroup", colspan=len(lengths)) for kind in kinds.values()),
+        ),
+        element("tr", *(element("th", label, scope="col") for _ in kinds for label in labels)),
+    )
+    rows = [
+        [str(entry[name]) for name in names]
+        + [percent(entry[kind].get(str(length))) for kind in kinds for length in lengths]
+        for entry in entries
+    ]
+    return _boxed(element("table", element("caption", caption), head, _rows(rows, words=len(names))))
+
+
+def _facts(results: Results) -> Markup:
+    return element(
+        "section",
+        element("h2", "How this was made"),
+        element(
+            "div",
+            element("p", element("code", results["command"]), f" ran on {results['date']} with fwpkm {results['version']}."),
+            element("h3", "Settings"),
+            _list(results["settings"]),
+            element("h3", "Parameters"),
+            _list({MODELS[model]: count(number) for model, number in results["parameters"].items()}),
+            element("h3", "Training time"),
+            _list(
+                {
+                    name: f"{count(log[-1]['seconds'])} s, {count(log[-1]['step'])} steps"
+                    for model, name in MODELS.items()
+                    if (log := results["training"][model])
+                }
+            ),
+            element("h3", "Machine"),
+            _list(results["machine"]),
+            class_="card",
+        ),
+    )
+
+
+def _list(facts: Entry) -> Markup:
+    pairs = (
+        element("div", element("dt", name.replace("_", " ")), element("dd", _value(value)))
+        for name, value in facts.items()
+    )
+    return element("dl", *pairs, class_="facts")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Markup:
+    if not rows:
+        return Markup()
+    head = (
+        element("th", name, scope="col", class_="words" if place < words else None) for place, name in enumerate(columns)
+    )
+    body = _rows(rows, words)
+    return _boxed(element("table", element("caption", caption), element("thead", element("tr", *head)), body))
+
+
+def _rows(rows: Sequence[Sequence[str]], words: int = 0) -> Markup:
+    """A table's body; the first cell is the row's header, and the first ``words`` cells are set as words, not numbers."""
+    written = []
+    for first, *others in rows:
+        cells = [element("th", first, scope="row", class_="words" if words else None)]
+        cells += [
+            element("td", cell, class_="words" if place < words else None) for place, cell in enumerate(others, start=1)
+        ]
+        written.append(element("tr", *cells))
+    return element("tbody", *written)
+
+
+def _boxed(table: Markup) -> Markup:
+    return element("div", element("div", table, class_="scroll"), class_="card")
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return count(low) if low == high else f"{count(low)} to {count(high)}"

@@ -1,0 +1,55 @@
+"""The recall table, once for the page and the README."""
+
+from __future__ import annotations
+
+from fwpkm.report.labels import bounded, count, decimal, length_label, percent
+from fwpkm.report.results import Results, recall_by_length, recall_lengths
+
+# What follows the length: a group of columns, and the column itself.
+COLUMNS = (
+    ("With memory", "Questions"),
+    ("With memory", "Exact match (95% bound)"),
+    ("With memory", "Digits"),
+    ("Without memory", "Exact match (95% bound)"),
+    ("Without memory", "Digits"),
+    ("Cost of memory", "Bytes/s"),
+    ("Cost of memory", "Peak MB"),
+    ("Load of the slots", "Writes a slot"),
+    ("Load of the slots", "Gated writes a slot"),
+    ("Load of the slots", "Slots touched"),
+)
+
+
+def recall_rows(results: Results) -> list[list[str]]:
+    """One row a length: the length, then :data:`COLUMNS`."""
+    memory, control = (recall_by_length(results, model) for model in ("memory", "control"))
+    rows = []
+    for length in recall_lengths(results):
+        ours, other = memory.get(length), control.get(length)
+        asked = ours or {}
+        load = asked.get("load") or {}
+        rows.append(
+            [
+                length_label(length),
+                count(asked.get("questions")),
+                bounded(ours),
+                percent(asked.get("digits")),
+                bounded(other),
+                percent(other and other["digits"]),
+                count(asked.get("bytes_per_second")),
+                count(asked.get("peak_memory_mb")),
+                decimal(load.get("writes_per_slot")),
+                decimal(load.get("open_gate_writes_per_slot")),
+                percent(load.get("slots_touched")),
+            ]
+        )
+    return rows
+
+
+def markdown_table(results: Results) -> str:
+    """The recall table as Markdown: one line a length of text, ending with a newline."""
+    columns = ["Length"] + [
+        f"{name}, without" if group == "Without memory" else name for group, name in COLUMNS
+    ]
+    lines = [columns, ["---:"] * len(columns), *recall_rows(results)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

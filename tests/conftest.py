@@ -1,0 +1,41 @@
+"""What every test runs under: few threads, poisoned memory, a hypothesis profile, a GPU only where asked for."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic algorithms refuse CUDA products
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+common = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=DirectoryBasedExampleDatabase(Path(__file__).parents[1] / ".hypothesis" / "examples"),
+)
+settings.register_profile("dev", common, max_examples=10)
+settings.register_profile("ci", common, max_examples=40, derandomize=True, database=None)
+settings.register_profile("nightly", common, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill what `torch.empty` and its kin return with NaN (integers: the maximum), so that no test passes by luck.
+
+    Torch offers this together with deterministic algorithms, which on CUDA replace the atomics of `index_add_` and
+    others, and change what Inductor generates. A test of run-to-run determinism is marked `unpoisoned`.
+    """
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("unpoisoned") is None)
+    yield
+    torch.use_deterministic_algorithms(False)

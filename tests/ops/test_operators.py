@@ -1,0 +1,221 @@
+"""What every operator promises, whatever it computes: registration, gradients, layouts, determinism, one graph."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwpkm import ops
+from fwpkm.ops import Log
+from tests.draws import Draw, strided
+
+M, S, P, H, N_SUB, HALF, DV, TOPK = 2, 3, 5, 2, 4, 3, 3, 2
+N = N_SUB**2
+
+
+class Case(NamedTuple):
+    """A public operator with inputs of a given number of tokens: ``floats`` may require gradients."""
+
+    function: Callable[..., Any]
+    floats: dict[str, Tensor]
+    others: dict[str, Any]
+
+    def __call__(self, *floats: Tensor) -> tuple[Tensor, ...]:
+        out = self.function(**dict(zip(self.floats, floats, strict=True)), **self.others)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def topk_case(draw: Draw, tokens: int) -> Case:
+    return Case(ops.product_key_topk, {"sub_scores": draw.normal(M, tokens, H, 2, N_SUB)}, {"k": TOPK})
+
+
+def address_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = False) -> Case:
+    keys = draw.normal(1 if shared else M, H, 2, N_SUB, HALF)
+    floats = {"query": draw.normal(M, tokens, H, 2 * HALF), "keys": keys}
+    return Case(ops.product_key_address, floats, {"k": TOPK, "score": score})
+
+
+def key_commit_case(draw: Draw, tokens: int, score: str = "idw", masked: bool = False, shared: bool = False) -> Case:
+    query, keys = draw.normal(M, tokens, H, 2 * HALF), draw.normal(1 if shared else M, H, 2, N_SUB, HALF)
+    _, _, sub_scores, sub_slots = ops.product_key_address(query, keys, TOPK, score)
+    mask = draw.integers(2, M, tokens).bool() if masked else None
+    floats = {"query": query, "keys": keys, "sub_scores": sub_scores}
+    return Case(ops.key_commit, floats, {"sub_slots": sub_slots, "mask": mask, "rate": 0.7, "score": score})
+
+
+def read_case(draw: Draw, tokens: int) -> Case:
+    floats = {"values": draw.normal(N, DV), "weights": draw.normal(M, tokens, TOPK)}
+    return Case(ops.memory_read, floats, {"slots": draw.integers(N, M, tokens, TOPK)})
+
+
+def scan_case(draw: Draw, tokens: int, log: bool = False) -> Case:
+    shape = (M, S, tokens, TOPK)
+    floats = {
+        "values": draw.normal(N, DV),
+        "weights": draw.normal(*shape),
+        "coefficients": draw.normal(*shape) * 0.3,
+        "targets": draw.normal(*shape[:3], DV),
+        "gates": draw.uniform(*shape[:3]),
+    }
+    slots = draw.integers(N // 2, *shape)  # half of the slots: some are hit by several tokens
+    if not log:
+        return Case(ops.memory_scan, floats, {"slots": slots})
+    records = 7
+    log_slots = draw.integers(N, M, records, TOPK)
+    chunks = torch.arange(records).expand(M, -1) // 3 + 5
+    floats |= {"log_coefficients": draw.normal(M, records, TOPK), "log_residuals": draw.normal(M, records, DV)}
+
+    return Case(scan_with_log, floats, {"slots": slots, "log_slots": log_slots, "log_chunks": chunks})
+
+
+def scan_with_log(log_slots, log_coefficients, log_residuals, log_chunks, **inputs):
+    return ops.memory_scan(**inputs, log=Log(log_slots, log_coefficients, log_residuals, log_chunks))
+
+
+CASES: dict[str, Callable[[Draw, int], Case]] = {
+    "product_key_topk": topk_case,
+    "product_key_address": address_case,
+    "product_key_address-dot": lambda d, t: address_case(d, t, "dot"),
+    "product_key_address-shared": lambda d, t: address_case(d, t, shared=True),
+    "key_commit": key_commit_case,
+    "key_commit-dot": lambda d, t: key_commit_case(d, t, "dot"),
+    "key_commit-masked": lambda d, t: key_commit_case(d, t, masked=True),
+    "key_commit-shared": lambda d, t: key_commit_case(d, t, shared=True),
+    "memory_read": read_case,
+    "memory_scan": scan_case,
+    "memory_scan-log": lambda d, t: scan_case(d, t, log=True),
+}
+every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+
+
+def with_gradient(case: Case) -> list[Tensor]:
+    return [x.clone().requires_grad_() for x in case.floats.values()]
+
+
+def floating(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x for x in outputs if x.is_floating_point())
+
+
+@every_operator
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_by_finite_differences(make, seed):
+    case = make(Draw(seed), P)
+    assert torch.autograd.gradcheck(lambda *floats: floating(case(*floats)), with_gradient(case))
+
+
+@every_operator
+@pytest.mark.parametrize("tokens", [P, 0])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_opcheck(make, tokens, requires_grad, layout, monkeypatch):
+    """Every utility of ``torch.library.opcheck``, on the operator as the public function calls it."""
+    case = make(Draw(0, torch.float32), tokens)
+    if layout == "strided":
+        case = case._replace(
+            floats={k: strided(x) for k, x in case.floats.items()},
+            others={k: strided(x) if isinstance(x, Tensor) else x for k, x in case.others.items()},
+        )
+    calls = []
+    floats = [x.requires_grad_(requires_grad) for x in case.floats.values()]
+    with RecordOperators(calls):
+        case(*floats)
+    assert calls
+    for operator, arguments in calls:
+        arguments = tuple(
+            a.detach().requires_grad_(requires_grad and a.is_floating_point()) if isinstance(a, Tensor) else a
+            for a in arguments
+        )
+        torch.library.opcheck(operator, arguments)
+
+
+class RecordOperators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collect the calls of our operators and their arguments."""
+
+    def __init__(self, calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fwpkm":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@every_operator
+def test_backward_operator_opcheck(make):
+    case = make(Draw(1, torch.float32), P)
+    outputs = floating(case(*with_gradient(case)))
+    calls = []
+    with RecordOperators(calls):
+        torch.autograd.backward(outputs, [torch.randn_like(x) for x in outputs])
+    assert calls
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+
+
+@every_operator
+def test_strided_inputs_give_the_same(make):
+    case = make(Draw(2), P)
+    floats = [strided(x) for x in case.floats.values()]
+    others = {k: strided(x) if isinstance(x, Tensor) else x for k, x in case.others.items()}
+    for have, want in zip(case._replace(others=others)(*floats), case(*case.floats.values()), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+
+
+@every_operator
+@pytest.mark.unpoisoned
+def test_bitwise_deterministic(make):
+    case = make(Draw(3, torch.float32), 64)
+
+    def run() -> list[Tensor]:
+        floats = with_gradient(case)
+        outputs = case(*floats)
+        return [*outputs, *torch.autograd.grad(sum(x.sin().sum() for x in floating(outputs)), floats)]
+
+    first = run()
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@every_operator
+def test_one_graph_for_every_length(make):
+    """Forward and backward in one graph, compiled once for lengths that differ."""
+    compiled = None
+    for tokens in (4, 6, 9):
+        case = make(Draw(tokens), tokens)
+        if compiled is None:
+            compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend="aot_eager")
+        eager, graph = with_gradient(case), with_gradient(case)
+        want, have = floating(case(*eager)), floating(case._replace(function=compiled)(*graph))
+        for pair in zip(
+            (*have, *torch.autograd.grad(sum(x.sin().sum() for x in have), graph)),
+            (*want, *torch.autograd.grad(sum(x.sin().sum() for x in want), eager)),
+            strict=True,
+        ):
+            torch.testing.assert_close(*pair)
+
+
+@every_operator
+def test_double_backward_is_refused(make):
+    case = make(Draw(4), P)
+    floats = with_gradient(case)
+    total = sum(x.square().sum() for x in floating(case(*floats)))
+    grads = torch.autograd.grad(total, floats, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+@every_operator
+def test_float32_within_tolerance_of_float64(make):
+    """float32 forward within 1e-5 and gradients within 1e-4 of the same inputs in float64 (where the slots agree)."""
+    case = make(Draw(5, torch.float32), P)
+    narrow, wide = with_gradient(case), [x.double().requires_grad_() for x in case.floats.values()]
+    have, want = case(*narrow), case(*wide)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
+    grads_have = torch.autograd.grad(sum(x.sin().sum() for x in floating(have)), narrow)
+    grads_want = torch.autograd.grad(sum(x.sin().sum() for x in floating(want)), wide)
+    for a, b in zip(grads_have, grads_want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
