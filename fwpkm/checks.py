@@ -45,4 +45,4 @@ def require_slots(argument: str, slots: Tensor, n_slots: int) -> None:
     """Check on the CPU that every slot lies in ``[0, n_slots)``; never called where it would wait for a GPU."""
     if slots.numel():
         low, high = (int(bound) for bound in slots.aminmax())
-        require(0 <= low and high < n_slots, argument, f"in [{low}, {high}]", "slots in [0, {})", n_slots)
+        require(low >= 0 and high < n_slots, argument, f"in [{low}, {high}]", "slots in [0, {})", n_slots)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, by way of a new file next to it that takes its place when complete.
+    """Write ``content`` (text as UTF-8) to ``path``, by way of a new file next to it that takes its place when whole.
 
-    Whatever interrupts this, ``path`` holds either what it held before or all of ``content``. Missing folders are made.
+    Whatever interrupts this, ``path`` holds what it held before or all of ``content``. Missing folders are made.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content

@@ -1,4 +1,6 @@
-"""``fast_weight_memory``: section 2 of docs/design.md over the operators, chunk by chunk, with a state that continues."""
+"""``fast_weight_memory``: section 2 of docs/design.md over the operators, chunk by chunk, with a state that
+continues.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,11 @@ def fast_weight_memory(
     commit_partial: bool = False,
     training: bool = False,
 ) -> MemoryResult:
-    """Read and write a memory along a sequence: token by token, chunk by chunk (paper, section 3; docs/design.md, section 2).
+    """Read and write a memory along a sequence: token by token, chunk by chunk (paper, section 3; docs/design.md,
+    section 2).
 
-    Everything is computed in the dtype of the fast weights, also under autocast. However a sequence is cut into calls, it
-    gives the same outputs and the same memory.
+    Everything is computed in the dtype of the fast weights, also under autocast. However a sequence is cut into calls,
+    it gives the same outputs and the same memory.
 
     Args:
         query: ``[B, T, H, Dk]``, any floating dtype.
@@ -68,9 +71,9 @@ def fast_weight_memory(
         training: whether keys commit with ``key_update="train_only"``.
 
     Returns:
-        A :class:`MemoryResult`. Gradients flow from ``output`` to ``query``, ``target``, ``gate``, across commits and calls,
-        and to the keys and values that the memory started from when they require one; from ``addressing_loss`` to the keys
-        only, and only with ``key_update="slow"``.
+        A :class:`MemoryResult`. Gradients flow from ``output`` to ``query``, ``target``, ``gate``, across commits and
+        calls, and to the keys and values that the memory started from when they require one; from ``addressing_loss``
+        to the keys only, and only with ``key_update="slow"``.
 
     Raises:
         ValueError: naming the argument, its value and what is expected.
@@ -111,9 +114,7 @@ def _check(query: Tensor, target: Tensor, gate: Tensor, state: MemoryState, conf
     require(batch == rows, "query.shape[0]", batch, "{}, the batch of the state", rows)
 
 
-def _advance(
-    state: MemoryState, tokens: _Tokens, training: bool
-) -> tuple[MemoryState, list[_Piece], list[Tensor]]:
+def _advance(state: MemoryState, tokens: _Tokens, training: bool) -> tuple[MemoryState, list[_Piece], list[Tensor]]:
     """Cut the tokens at chunk boundaries: as many whole chunks as there are at once, the rest into the open chunk."""
     config, total = state.config, tokens.gate.shape[1]
     chunk = config.chunk_size * state.columns
@@ -176,7 +177,9 @@ def _addressing_loss(sub_scores: Tensor, sub_slots: Tensor, n: int) -> Tensor:
 
 
 def _loss_sub_scores(query: Tensor, keys: Tensor, sub_scores: Tensor, config: MemoryConfig, training: bool) -> Tensor:
-    """The sub-scores that the addressing loss is taken of: with ``slow`` keys it reaches these, and never the queries."""
+    """The sub-scores that the addressing loss is taken of: with ``slow`` keys it reaches these, and never the
+    queries.
+    """
     if config.key_update == "slow" and training and torch.is_grad_enabled() and keys.requires_grad:
         return product_key_address(query.detach(), keys, config.topk, config.score, config.score_eps)[2]
     return sub_scores
@@ -188,9 +191,9 @@ def _read_open(state: MemoryState, tokens: _Tokens, training: bool) -> tuple[Mem
     address = product_key_address(tokens.query, keys, config.topk, config.score, config.score_eps)
     scores, slots, sub_scores, sub_slots = address
     slots, weights = slots.flatten(-2), _weights(scores, config)
-    no_write = torch.zeros_like(weights)
-    chunk = [x.unsqueeze(1) for x in (state.own_slots(slots), weights, no_write, tokens.target, tokens.gate)]
-    output = memory_scan(state.values, *chunk, log=_own_log(state)).squeeze(1)
+    own_slots, tokens_of_chunk = state.own_slots(slots).unsqueeze(1), (weights, torch.zeros_like(weights), *tokens[1:])
+    reads, no_write, targets, gates = (x.unsqueeze(1) for x in tokens_of_chunk)
+    output = memory_scan(state.values, own_slots, reads, no_write, targets, gates, state.own_log()).squeeze(1)
 
     old = state.open
     waiting, gates = output, tokens.gate
@@ -230,10 +233,6 @@ def _read_open(state: MemoryState, tokens: _Tokens, training: bool) -> tuple[Mem
     return state, _Piece(output, slots, weights)
 
 
-def _own_log(state: MemoryState):  # noqa: ANN202
-    return state.log if state.log is None else state.log._replace(slots=state.own_slots(state.log.slots))
-
-
 def _read_chunks(
     state: MemoryState, tokens: _Tokens, n_chunks: int, training: bool
 ) -> tuple[MemoryState, _Piece, Tensor]:
@@ -262,13 +261,14 @@ def _read_chunks(
     coefficients = _coefficients(weights, config, heads)
     chunk_of_token = torch.arange(state.memories * n_chunks, device=slots.device).view(state.memories, n_chunks, 1)
     counts = reads_of_slot(slots, chunk_of_token.expand(slots.shape[:3]), state.n_slots)
-    # Token t stores the target of token t + L; the last L tokens of a chunk have none, and gate 0 makes their residual zero.
+    # Token t stores the target of token t + L; the last L tokens of a chunk have none, and gate 0 makes their residual
+    # zero.
     lookahead = min(config.lookahead * state.columns, chunked.gate.shape[2])
     has_target = chunked.gate.shape[2] - lookahead
     targets = pad(chunked.target[:, :, lookahead:], (0, 0, 0, lookahead))
     gates = pad(chunked.gate[:, :, :has_target], (0, lookahead))
     output = memory_scan(
-        state.values, state.own_slots(slots), weights, coefficients / counts, targets, gates, log=_own_log(state)
+        state.values, state.own_slots(slots), weights, coefficients / counts, targets, gates, state.own_log()
     )
     residuals = gates.unsqueeze(-1) * (targets - output)
 

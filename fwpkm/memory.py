@@ -1,4 +1,6 @@
-"""What a memory is: its configuration, a starting point, the write log, and the state of memories that have read something."""
+"""What a memory is: its configuration, a starting point, the write log, and the state of memories that have read
+something.
+"""
 
 from __future__ import annotations
 
@@ -117,19 +119,23 @@ class OpenChunk(NamedTuple):
     def tokens(self) -> int:
         return self.slots.shape[1]
 
+    def detach(self) -> OpenChunk:
+        """The same, cut from the graph that computed it."""
+        return OpenChunk(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class MemoryState:
     """``M`` memories that have read something; immutable, so that continuing it twice gives independent results.
 
-    In the ``sequence`` scope memory ``m`` belongs to row ``m`` of the batch. In the ``shared`` scope there is one, a chunk is
-    ``C`` columns of the batch, and its tokens are numbered column by column.
+    In the ``sequence`` scope memory ``m`` belongs to row ``m`` of the batch. In the ``shared`` scope there is one, a
+    chunk is ``C`` columns of the batch, and its tokens are numbered column by column.
 
     Attributes:
         config: how these memories read and write.
         keys: ``[M or 1, H, 2, n, Dk/2]``.
-        values: the base values ``[N, Dv]``, a reference to the starting point's; or ``[M * N, Dv]``, the memories' own, once
-            their log had outgrown that (DESIGN section 3).
+        values: the base values ``[N, Dv]``, a reference to the starting point's; or ``[M * N, Dv]``, the memories'
+            own, once their log had outgrown that (DESIGN section 3).
         log: the records of committed chunks, or None.
         open: the open chunk, or None.
         position: tokens (columns) read so far.
@@ -169,6 +175,10 @@ class MemoryState:
         offset = torch.arange(self.memories, device=slots.device) * self.n_slots
         return slots + offset.view(-1, *(1,) * (slots.dim() - 1))
 
+    def own_log(self) -> Log | None:
+        """The log with :meth:`own_slots`."""
+        return None if self.log is None else self.log._replace(slots=self.own_slots(self.log.slots))
+
     def flush(self) -> MemoryState:
         """Commit the open chunk now, with its own length as ``C``; chunk boundaries then count from here."""
         return self if self.open is None else dataclasses.replace(self.commit_open(), origin=self.position)
@@ -180,11 +190,12 @@ class MemoryState:
             keys=self.keys.detach(),
             values=self.values.detach(),
             log=None if self.log is None else Log(*(x.detach() for x in self.log)),
-            open=None if self.open is None else OpenChunk(*(None if x is None else x.detach() for x in self.open)),
+            open=None if self.open is None else self.open.detach(),
         )
 
     def fold(self) -> FastWeights:
-        """The dense weights this state stands for (``M = 1``): what is committed; flush first to include the open chunk.
+        """The dense weights this state stands for (``M = 1``): what is committed; flush first to include the open
+        chunk.
 
         Raises:
             ValueError: for a state of several memories.
@@ -241,7 +252,9 @@ class MemoryState:
 
 
 def relative_write_scale(config: MemoryConfig, length: int) -> float:
-    """Write scale of a chunk of ``length`` tokens over that of a full one; 0 for a chunk too short to have targets (2.8)."""
+    """Write scale of a chunk of ``length`` tokens over that of a full one; 0 for a chunk too short to have targets
+    (2.8).
+    """
     full, lookahead = config.chunk_size, config.lookahead
     if length <= lookahead:
         return 0.0

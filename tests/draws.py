@@ -1,4 +1,6 @@
-"""How tests draw: hypothesis draws sizes, options and a seed; a seeded generator builds the tensors, so that cases replay."""
+"""How tests draw: hypothesis draws sizes, options and a seed; a seeded generator builds the tensors, so that cases
+replay.
+"""
 
 import torch
 from hypothesis import strategies as st

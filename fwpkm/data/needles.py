@@ -26,6 +26,7 @@ class Document(NamedTuple):
     answers: NDArray[np.int64]  # [Q, 6] where the digits of the answers stand
     needles: NDArray[np.int64]  # [Q] where the sentence with the answer starts
     names: list[str]  # [Q] what is asked for
+    stale: list[str | None]  # [Q] the number that was stated first, where it was overwritten
 
 
 def document(text: Bytes, rng: Generator, length: int, needles: int, overwritten: int = 0) -> Document:
@@ -55,15 +56,15 @@ def document(text: Bytes, rng: Generator, length: int, needles: int, overwritten
     order = rng.permutation(needles)
     facts = [_encode(names[i], numbers[i]) for i in order]
     depths = np.sort(rng.random(needles))
-    stale = sorted(rng.choice(needles, overwritten, replace=False))
-    for place in stale:  # an older fact, somewhere before the one that counts
+    stale: list[str | None] = [None] * needles
+    for place in rng.choice(needles, overwritten, replace=False):  # an older fact, before the one that counts
         older = "".join(map(str, rng.integers(0, 10, DIGITS)))
+        stale[place] = older
         facts.append(_encode(names[order[place]], older))
         depths = np.append(depths, depths[place] * rng.random())
     cuts = _line_starts(filler, depths)
-    position = np.argsort(cuts, kind="stable")
-    if overwritten:  # at the same cut the older fact still comes first
-        position = np.array(sorted(range(len(cuts)), key=lambda i: (cuts[i], i < needles, i)), dtype=np.int64)
+    is_newer = np.arange(len(cuts)) < needles
+    position = np.lexsort((is_newer, cuts))  # at the same cut the older fact comes first
     starts = np.empty(len(cuts), dtype=np.int64)
     parts, last = [], 0
     for rank, i in enumerate(position):
@@ -76,11 +77,14 @@ def document(text: Bytes, rng: Generator, length: int, needles: int, overwritten
     parts += [facts[i] for i in asked]
     first = length - needles * SENTENCE_BYTES + np.arange(needles) * SENTENCE_BYTES
     answers = first[:, None] + np.arange(_ANSWER.start, _ANSWER.stop)
-    return Document(np.concatenate(parts), answers, starts[asked], [names[order[i]] for i in asked])
+    asked_names, asked_stale = [names[order[i]] for i in asked], [stale[i] for i in asked]
+    return Document(np.concatenate(parts), answers, starts[asked], asked_names, asked_stale)
 
 
 def batch(text: Bytes, rng: Generator, size: int, length: int, needles: int) -> tuple[Bytes, NDArray[np.bool_]]:
-    """Training documents ``[size, length]`` with ``1 .. needles`` facts each, some overwritten, and where their answers are."""
+    """Training documents ``[size, length]`` with ``1 .. needles`` facts each, some overwritten, and where their
+    answers are.
+    """
     tokens, is_answer = np.empty((size, length), np.uint8), np.zeros((size, length), bool)
     for row in range(size):
         count = int(rng.integers(1, needles + 1))

@@ -6,18 +6,26 @@ from torch import Tensor, nn
 
 
 class CausalConvolution(nn.Module):
-    """``x + conv(x)`` with a causal depthwise convolution: output ``t`` depends on inputs ``t - width + 1 .. t``.
-
-    Starts as the identity.
-    """
+    """``x + conv(x)`` with a causal depthwise convolution: output ``t`` depends on inputs ``t - width + 1 .. t``."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.weight = nn.Parameter(torch.zeros(channels, width))
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights that give ``conv(x)`` the scale of ``x``.
+
+        Random, not zero: addresses then tell n-grams apart from the first step, and the model finds out much sooner
+        that something worth reading lies there.
+        """
+        nn.init.normal_(self.weight, std=self.width**-0.5)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x [B, T, D]`` and the last ``width - 1`` inputs before it (None at the start) -> output, new last inputs."""
+        """``x [B, T, D]`` and the last ``width - 1`` inputs before it (None at the start) -> output, new last
+        inputs.
+        """
         if past is None:
             past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         padded = torch.cat((past, x), dim=1)

@@ -35,11 +35,12 @@ class LayerResult(NamedTuple):
 class FwPKM(nn.Module):
     """A layer that reads from and writes to a fast-weight memory of ``n_subkeys ** 2`` slots.
 
-    ``q = Wq RMSNorm(h)``, ``y = zscore(Wv RMSNorm(h))``, ``g = sigmoid(Wg RMSNorm(h))``; with ``v`` what the memory gives for
-    ``q``, the result is ``h + Wo RMSNorm(g v + (1 - g) y)``. It sits before a block's token mixer.
+    ``q = Wq RMSNorm(h)``, ``y = zscore(Wv RMSNorm(h))``, ``g = sigmoid(Wg RMSNorm(h))``; with ``v`` what the memory
+    gives for ``q``, the result is ``h + Wo RMSNorm(g v + (1 - g) y)``. It sits before a block's token mixer.
 
-    ``keys`` and ``values`` are float32 buffers (``keys`` a parameter with ``key_update="slow"``), stay float32 in a model
-    cast to another dtype, and are never written by a forward: every sequence starts from them and goes on by itself.
+    ``keys`` and ``values`` are float32 buffers (``keys`` a parameter with ``key_update="slow"``), stay float32 in a
+    model cast to another dtype, and are never written by a forward: every sequence starts from them and goes on by
+        itself.
 
     Args:
         hidden_size: ``D``.
@@ -47,8 +48,8 @@ class FwPKM(nn.Module):
         key_dim: ``Dk``, even.
         value_dim: ``Dv``.
         heads: ``H``, addresses a token; the heads share the values.
-        query_conv: width of a causal depthwise convolution on the inputs of the query and of the gate, so that an address and
-            what is worth storing depend on the last few tokens; 0 for none, as in the paper.
+        query_conv: width of a causal depthwise convolution on the inputs of the query and of the gate, so that an
+            address and what is worth storing depend on the last few tokens; 0 for none, as in the paper.
         config: how the memory addresses, reads and writes.
     """
 
@@ -63,7 +64,7 @@ class FwPKM(nn.Module):
         value_dim: int = 512,
         heads: int = 1,
         query_conv: int = 0,
-        config: MemoryConfig = MemoryConfig(),  # noqa: B008 (immutable)
+        config: MemoryConfig = MemoryConfig(),
     ) -> None:
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("n_subkeys", n_subkeys), ("value_dim", value_dim)):

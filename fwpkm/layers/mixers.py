@@ -1,7 +1,7 @@
 """Token mixers: transformers' attention, full or sliding-window, the latter in time proportional to the window.
 
-Importing this module registers the attention implementation ``"windowed_sdpa"`` with transformers: ``"sdpa"``, except that an
-unpadded sliding window is computed block by block instead of as a mask over the whole context.
+Importing this module registers the attention implementation ``"windowed_sdpa"`` with transformers: ``"sdpa"``, except
+that an unpadded sliding window is computed block by block instead of as a mask over the whole context.
 """
 
 from typing import Any

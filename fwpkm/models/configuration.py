@@ -21,14 +21,14 @@ class FwPKMConfig(PreTrainedConfig):
 
     Args:
         vocab_size: tokens; 256 suits bytes.
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, hidden_act,
-        max_position_embeddings, initializer_range, rms_norm_eps, tie_word_embeddings, rope_parameters, attention_bias,
-        attention_dropout, use_cache: as in ``transformers.Qwen3Config``.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, tie_word_embeddings, rope_parameters,
+        attention_bias, attention_dropout, use_cache: as in ``transformers.Qwen3Config``.
         layer_types: ``"full_attention"`` or ``"sliding_attention"`` for each block; all full by default.
         sliding_window: tokens that a sliding-window block sees, the current one included.
         fwpkm_layers: blocks with a memory before their attention.
-        fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in :class:`fwpkm.layers.FwPKM`.
-        fwpkm_topk ... fwpkm_detach_every: as in :class:`fwpkm.MemoryConfig`.
+        fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in
+        :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_detach_every: as in :class:`fwpkm.MemoryConfig`.
         fwpkm_gate_weight: weight of the mean gate in the loss, what an open gate costs; 0 for none, as in the paper.
     """
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from fwpkm.checks import require, require_dtype, require_shape
+from fwpkm.checks import require_dtype, require_shape
 from fwpkm.layers.block import DecoderBlock
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.fwpkm import FwPKM, LayerState
@@ -58,14 +58,14 @@ class FwPKMPreTrainedModel(PreTrainedModel):
         if isinstance(module, FwPKM):
             module.reset_fast_weights()
         elif isinstance(module, CausalConvolution):
-            nn.init.zeros_(module.weight)
+            module.reset_parameters()
 
 
 class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
     """A causal language model whose memory layers write what they read.
 
-    A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the call,
-    and live on in ``past_key_values`` when it is passed on.
+    A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the
+    call, and live on in ``past_key_values`` when it is passed on.
     """
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
@@ -74,7 +74,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            DecoderBlock(config, i, _memory(config) if i in config.fwpkm_layers else None)
+            DecoderBlock(config, i, _memory(config) if i in (config.fwpkm_layers or ()) else None)
             for i in range(config.num_hidden_layers)
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -96,8 +96,9 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, T]`` int64.
             past_key_values: where an earlier call on the same sequences stopped (its ``past_key_values``); updated.
-            labels: ``[B, T]``, usually ``input_ids``: ``loss`` is the mean cross entropy of each next token (-100: left out),
-                plus, with ``fwpkm_key_update="slow"``, the addressing loss, and ``fwpkm_gate_weight`` times the mean gate.
+            labels: ``[B, T]``, usually ``input_ids``: ``loss`` is the mean cross entropy of each next token (-100:
+                left out), plus, with ``fwpkm_key_update="slow"``, the addressing loss, and ``fwpkm_gate_weight`` times
+                the mean gate.
             use_cache: return ``past_key_values`` also if none came in.
             logits_to_keep: logits of the last so many tokens only; 0 for all.
         """
@@ -108,7 +109,8 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         hidden = self.embed_tokens(input_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        masks = self._masks(hidden, past_key_values, positions)
+        layer_types = self.config.layer_types or []
+        masks = self._masks(layer_types, hidden, past_key_values, positions)
         position_embeddings = self.rotary(hidden, positions)
         results = []
         for i, block in enumerate(self.blocks):
@@ -116,7 +118,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                 hidden,
                 memory_state=None if past_key_values is None else past_key_values.memories.get(i),
                 position_embeddings=position_embeddings,
-                attention_mask=masks[self.config.layer_types[i]],
+                attention_mask=masks[layer_types[i]],
                 past_key_values=past_key_values,
             )
             if memory is not None:
@@ -125,11 +127,11 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                     past_key_values.memories[i] = memory.state
         logits = self.lm_head(self.norm(hidden)[:, -logits_to_keep:])
         addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean() if results else None
-        loss = None
+        loss: Tensor | None = None
         if labels is not None:
             require_shape("labels", labels, input_ids.shape)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if results and self.config.fwpkm_key_update == "slow":
+            if addressing_loss is not None and self.config.fwpkm_key_update == "slow":
                 loss = loss + self.config.fwpkm_addressing_weight * addressing_loss
             if results and self.config.fwpkm_gate_weight:
                 loss = loss + self.config.fwpkm_gate_weight * torch.stack([r.gate for r in results]).mean()
@@ -142,10 +144,11 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
             slots=tuple(r.memory.slots for r in results),
         )
 
-    def _masks(self, hidden: Tensor, cache: FwPKMCache | None, positions: Tensor) -> dict[str, Tensor | None]:
+    def _masks(
+        self, layer_types: list[str], hidden: Tensor, cache: FwPKMCache | None, positions: Tensor
+    ) -> dict[str, Tensor | None]:
         """The attention mask of each layer type in use; ``layer_idx`` says whose cache its size is taken from."""
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        types = self.config.layer_types
         return {
             kind: make[kind](
                 config=self.config,
@@ -153,9 +156,9 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                 attention_mask=None,
                 past_key_values=cache,
                 position_ids=positions,
-                layer_idx=types.index(kind),
+                layer_idx=layer_types.index(kind),
             )
-            for kind in set(types)
+            for kind in set(layer_types)
         }
 
 

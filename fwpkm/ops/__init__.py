@@ -1,4 +1,6 @@
-"""The registered operators (namespace ``fwpkm``): public functions that check their arguments and call one operator each."""
+"""The registered operators (namespace ``fwpkm``): public functions that check their arguments and call one operator
+each.
+"""
 
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.memory_read import memory_read

@@ -21,7 +21,9 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> 
 
 
 def register_backward(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give ``operator`` a gradient: ``setup_context(ctx, inputs, output)`` saves, ``backward(ctx, *grads)`` computes."""
+    """Give ``operator`` a gradient: ``setup_context(ctx, inputs, output)`` saves, ``backward(ctx, *grads)``
+    computes.
+    """
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=LIBRARY)
 
 

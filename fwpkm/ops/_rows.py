@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """``out[p] = sum_j weights[p, j] * table[index[p, j]]``; ``table [R, D]``, ``index``, ``weights [P, K]`` -> ``[P, D]``."""
+    """``out[p] = sum_j weights[p, j] * table[index[p, j]]``; ``table [R, D]``, ``index``, ``weights [P, K]`` ->
+    ``[P, D]``.
+    """
     if index.numel() == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
     return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weights, mode="sum")

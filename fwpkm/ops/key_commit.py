@@ -22,7 +22,8 @@ def key_commit(
     rate: float,
     score: str = "idw",
 ) -> Tensor:
-    """``K - rate * dL_addr/dK``, the addressing loss taken over the ``P`` tokens of a chunk, for ``M`` memories at once.
+    """``K - rate * dL_addr/dK``, the addressing loss taken over the ``P`` tokens of a chunk, for ``M`` memories at
+    once.
 
     ``L_addr = -H(p1) - H(p2)``, where ``p1``, ``p2 [n]`` are the mean over tokens and heads of the softmax over each
     codebook's selected sub-scores: the step spreads the reads over the sub-keys.
@@ -36,8 +37,8 @@ def key_commit(
         score: as in :func:`product_key_address`. Its ``eps`` is not needed: ``1 / (eps + d)`` is ``exp(sub_score)``.
 
     Returns:
-        New sub-keys ``[M, H, 2, n, Dk/2]``. Differentiable, second order included: gradients flow to ``query``, ``keys`` and
-        ``sub_scores`` (and through those on to the queries and keys they came from).
+        New sub-keys ``[M, H, 2, n, Dk/2]``. Differentiable, second order included: gradients flow to ``query``,
+        ``keys`` and ``sub_scores`` (and through those on to the queries and keys they came from).
 
     Raises:
         ValueError: for a wrong shape, dtype or ``score``.
@@ -134,16 +135,14 @@ def _backward_cpu(
     rate: float,
     score: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    memories, tokens, heads, _ = query.shape
+    memories, _, heads, _ = query.shape
     n = keys.shape[3]
     start = keys.expand(memories, *keys.shape[1:])
     loss = _addressing_loss(sub_scores, sub_slots, mask, n)
     dense = _dense(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
     flat_grad = grad.flatten(0, 2)  # [M * H * 2, n, d]
 
-    grad_query = rearrange(
-        torch.bmm(dense, flat_grad), "(m h c) p d -> m p h (c d)", m=memories, h=heads, c=2
-    ) * -rate
+    grad_query = rearrange(torch.bmm(dense, flat_grad), "(m h c) p d -> m p h (c d)", m=memories, h=heads, c=2) * -rate
     grad_keys = grad
     grad_dense = torch.bmm(by_codebook(query, False), flat_grad.mT)  # <q_t, G_i>
     if score == "idw":
@@ -151,13 +150,16 @@ def _backward_cpu(
         grad_dense -= (start * grad).sum(-1).view(-1, 1, n)
     if keys.shape[0] == 1:
         grad_keys = grad_keys.sum(0, keepdim=True)
-    grad_coefficients = rearrange(
-        grad_dense.gather(-1, selected_by_codebook(sub_slots, False)),
-        "(m h c) p k -> m p h c k",
-        m=memories,
-        h=heads,
-        c=2,
-    ) * -rate
+    grad_coefficients = (
+        rearrange(
+            grad_dense.gather(-1, selected_by_codebook(sub_slots, False)),
+            "(m h c) p k -> m p h c k",
+            m=memories,
+            h=heads,
+            c=2,
+        )
+        * -rate
+    )
 
     # From the coefficients back through dL/ds = p (u - sum p u) to the sub-scores.
     if score == "idw":

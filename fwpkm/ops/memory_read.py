@@ -19,9 +19,9 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         weights: ``[..., K]``, dtype of ``values``.
 
     Returns:
-        ``[..., Dv]``. Gradients flow to ``weights`` and, as a dense ``[N, Dv]`` tensor, to ``values`` when they require one.
-        Its backward needs ``values`` as they were read: writing them in between is an error that autograd reports
-        (:func:`memory_scan` keeps the rows it read instead).
+        ``[..., Dv]``. Gradients flow to ``weights`` and, as a dense ``[N, Dv]`` tensor, to ``values`` when they
+        require one. Its backward needs ``values`` as they were read: writing them in between is an error that autograd
+        reports (:func:`memory_scan` keeps the rows it read instead).
 
     Raises:
         ValueError: for a wrong shape or dtype, or a slot out of range.

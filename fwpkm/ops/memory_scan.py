@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape, require_slots
+from fwpkm.checks import require_dtype, require_fast_weight_dtype, require_shape, require_slots
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
 
@@ -13,8 +13,8 @@ from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry,
 class Log(NamedTuple):
     """What was written before the scan: one record a token, all of committed chunks.
 
-    ``coefficients`` are those before the division by ``N_s``, the reads of a slot within its chunk, which is derived from
-    the records: they are a function of the past of their token only.
+    ``coefficients`` are those before the division by ``N_s``, the reads of a slot within its chunk, which is derived
+    from the records: they are a function of the past of their token only.
     """
 
     slots: Tensor  # [M, R, K] int64
@@ -34,15 +34,15 @@ def memory_scan(
 ) -> Tensor:
     """Read and write ``S`` chunks of ``P`` tokens in ``M`` memories that start from the same values.
 
-    Version 0 of memory ``m`` is ``values`` (not changed, never copied) plus its log. For ``s = 0 .. S-1``: ``out_s`` is the
-    read of version ``s`` (paper, equation 6), then ``V += coefficients * (gates * (targets - out_s))`` (equations 13 to 15).
-    Time and memory depend on ``M * S * P * K * Dv`` and the length of the log, never on ``N``.
+    Version 0 of memory ``m`` is ``values`` (not changed, never copied) plus its log. For ``s = 0 .. S-1``: ``out_s``
+    is the read of version ``s`` (paper, equation 6), then ``V += coefficients * (gates * (targets - out_s))``
+    (equations 13 to 15). Time and memory depend on ``M * S * P * K * Dv`` and the length of the log, never on ``N``.
 
     Args:
         values: ``[N, Dv]``, float32 (float64 for numerical checks).
         slots: ``[M, S, P, K]`` int64 in ``[0, N)``.
-        weights, coefficients: ``[M, S, P, K]``, dtype of ``values``; coefficients include learning rate, write scale and
-            the division by ``N_s``.
+        weights, coefficients: ``[M, S, P, K]``, dtype of ``values``; coefficients include learning rate, write scale
+            and the division by ``N_s``.
         targets: ``[M, S, P, Dv]``, dtype of ``values``.
         gates: ``[M, S, P]``, dtype of ``values``.
         log: the records of earlier chunks, or None.
@@ -191,7 +191,9 @@ def _backward_cpu(
     n_rows = int(local.max()) + 1 if local.numel() else 0
     working = rows[:n_rows].clone()  # the version that the last chunk read
     grad_working = torch.zeros_like(working)  # G, of the version after the chunk
-    grad_weights, grad_coefficients = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (weights,) * 2)
+    grad_weights, grad_coefficients = (
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (weights,) * 2
+    )
     grad_targets, grad_gates = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (targets, gates))
     entry_tokens = token_of_entry(local[:, 0].flatten(0, 1)) if steps else local
     for s in reversed(range(steps)):

@@ -29,8 +29,8 @@ def product_key_address(
 
     Returns:
         ``scores [M, P, H, k]`` and ``slots [M, P, H, k]`` (int64) as :func:`product_key_topk` gives them, and of the
-        selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``. Gradients of both scores flow to ``query`` and
-        ``keys``.
+        selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``. Gradients of both scores flow to ``query``
+        and ``keys``.
 
     Raises:
         ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``.
@@ -54,7 +54,9 @@ def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
 
 
 def by_codebook(query: Tensor, shared_keys: bool) -> Tensor:
-    """Queries ``[M, P, H, Dk]`` as rows a codebook: ``[G, R, Dk/2]``, ``G`` codebooks in the order of ``keys.flatten(0, 2)``."""
+    """Queries ``[M, P, H, Dk]`` as rows a codebook: ``[G, R, Dk/2]``, ``G`` codebooks in the order of
+    ``keys.flatten(0, 2)``.
+    """
     pattern = "m p h (c d) -> (h c) (m p) d" if shared_keys else "m p h (c d) -> (m h c) p d"
     return rearrange(query, pattern, c=2)
 
@@ -69,7 +71,7 @@ def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[T
     shared = keys.shape[0] == 1
     rows, keys = by_codebook(query, shared), keys.flatten(0, 2)
     n = keys.shape[1]
-    selected = [_select(rows[:, block], keys, k, score, eps) for block in _blocks(*rows.shape[:2], n)]
+    selected = [_select(rows[:, block], keys, k, score, eps) for block in _blocks(rows.shape[0], rows.shape[1], n)]
     sub_scores, sub_slots = (torch.cat(parts, dim=1) for parts in zip(*selected, strict=True))
     pattern = "(h c) (m p) k -> m p h c k" if shared else "(m h c) p k -> m p h c k"
     sizes = {"m": memories, "h": heads, "c": 2}
@@ -85,7 +87,9 @@ def _blocks(codebooks: int, rows: int, n: int) -> Iterator[slice]:
 
 
 def _select(rows: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Best ``k`` sub-keys of rows ``[G, R, d]`` against ``keys [G, n, d]``: sub-scores and their indices ``[G, R, k]``."""
+    """Best ``k`` sub-keys of rows ``[G, R, d]`` against ``keys [G, n, d]``: sub-scores and their indices ``[G, R,
+    k]``.
+    """
     shape = (*rows.shape[:2], k)
     if score == "dot":
         sub_scores, sub_slots = largest(torch.bmm(rows, keys.mT).flatten(0, 1), k)
@@ -125,7 +129,7 @@ def _backward_cpu(
 
     grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
     grad_keys = torch.zeros_like(flat_keys, memory_format=torch.contiguous_format)
-    for block in _blocks(*rows.shape[:2], n):
+    for block in _blocks(rows.shape[0], rows.shape[1], n):
         selected = grad_selected[:, block]
         coefficients = selected.new_zeros(*selected.shape[:2], n).scatter_(-1, sub_slots[:, block], selected)
         to_rows, to_keys = torch.bmm(coefficients, flat_keys), torch.bmm(coefficients.mT, rows[:, block])

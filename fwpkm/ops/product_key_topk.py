@@ -38,7 +38,9 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = x.shape[-1]
     values, index = x.topk(min(k + 1, n), dim=-1)
     # topk takes any of several equal elements: rows whose last place is contested are sorted whole instead.
-    contested = (values[:, k] == values[:, k - 1]).nonzero().squeeze(-1) if k < n else values.new_empty(0, dtype=torch.int64)
+    contested = (
+        (values[:, k] == values[:, k - 1]).nonzero().squeeze(-1) if k < n else values.new_empty(0, dtype=torch.int64)
+    )
     index, rank = index[:, :k].sort(dim=-1)
     values, order = values[:, :k].gather(-1, rank).sort(dim=-1, descending=True, stable=True)
     index = index.gather(-1, order)
@@ -51,8 +53,8 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def combine(sub_values: Tensor, sub_slots: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best pairs of two descending lists ``[R, 2, k]`` -> ``scores``, ``slots [R, k]``.
 
-    Pair ``(i, j)`` is beaten or tied, at a lower grid position, by the ``(i+1)(j+1) - 1`` pairs that dominate it, so only
-    pairs with ``(i+1)(j+1) <= k`` can be among the best ``k``.
+    Pair ``(i, j)`` is beaten or tied, at a lower grid position, by the ``(i+1)(j+1) - 1`` pairs that dominate it, so
+    only pairs with ``(i+1)(j+1) <= k`` can be among the best ``k``.
     """
     k = sub_values.shape[-1]
     rank = torch.arange(k)
@@ -63,7 +65,9 @@ def combine(sub_values: Tensor, sub_slots: Tensor, n: int) -> tuple[Tensor, Tens
 
 
 def selected_gradient(grad_scores: Tensor, slots: Tensor, sub_slots: Tensor, n: int) -> Tensor:
-    """Hand the gradient of ``scores [..., k]`` to the selected sub-scores ``[..., 2, k]``: those whose sub-key is in a slot."""
+    """Hand the gradient of ``scores [..., k]`` to the selected sub-scores ``[..., 2, k]``: those whose sub-key is in
+    a slot.
+    """
     halves = torch.stack((slots // n, slots % n), dim=-2)
     used = sub_slots.unsqueeze(-1) == halves.unsqueeze(-2)
     return torch.matmul(used.to(grad_scores.dtype), grad_scores[..., None, :, None]).squeeze(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 MISSING = "–"
 
 
@@ -21,7 +23,7 @@ def percent(share: float | None) -> str:
     return f"{min(max(100 * share, 0.1), 99.9):.1f}%"
 
 
-def bounded(entry: dict[str, float] | None) -> str:
+def bounded(entry: Mapping[str, float] | None) -> str:
     """Exact match with its 95% lower bound."""
     return MISSING if entry is None else f"{percent(entry['exact'])} (≥ {percent(entry['exact_lower95'])})"
 

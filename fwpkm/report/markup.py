@@ -6,9 +6,9 @@ from html import escape
 
 _VOID = {"img", "link", "meta", "source"}
 _INLINE = {"a", "b", "cite", "code", "mark", "span", "strong"}
-# Control characters cannot stand in HTML; each has a symbol (U+2400 and on) that can. A surrogate stands for a lost byte.
+# Control characters cannot stand in HTML; most have a symbol that can. Surrogates are bytes that were not UTF-8.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-_VISIBLE |= {code: 0xFFFD for code in (*range(0x80, 0xA0), *range(0xD800, 0xE000))}
+_VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
 
 class Markup(str):
@@ -23,7 +23,7 @@ def text(content: object) -> Markup:
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:
-    """An element: children and attribute values are escaped; ``class_`` means ``class``, ``http_equiv`` ``http-equiv``."""
+    """An element. Children and values of attributes are escaped; ``class_`` is class, ``aria_label`` aria-label."""
     words = [name]
     for key, value in attributes.items():
         if value is not None:

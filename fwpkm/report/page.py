@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,6 +14,7 @@ from fwpkm.files import write_atomically
 from fwpkm.report import plots
 from fwpkm.report.labels import MISSING, bounded, count, decimal, length_label, percent
 from fwpkm.report.markup import Markup, element
+from fwpkm.report.questions import questions_to_read
 from fwpkm.report.results import MODELS, Entry, Results, recall_by_length, recall_lengths
 from fwpkm.report.style import style_sheet
 from fwpkm.report.table import COLUMNS, recall_rows
@@ -26,13 +25,13 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the 
 
 
 def write_page(results: Results, path: str | Path) -> None:
-    """Write one HTML file with everything in it: figures for light and dark ground, tables, questions to read, settings."""
+    """Write one HTML file with everything in it: figures for light and dark ground, tables, questions, settings."""
     write_atomically(path, page(results))
 
 
 def page(results: Results) -> str:
     """The whole document."""
-    sections = (_pictures, _recall_table, _other_tables, _questions, _variants, _facts)
+    sections = (_pictures, _recall_table, _other_tables, questions_to_read, _variants, _facts)
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -93,7 +92,7 @@ def _tile(results: Results, length: int) -> Markup:
             element("dd", percent(entry["exact"]) if entry else MISSING, class_=model),
             element("dd", bar, class_=f"bar {model}", aria_hidden="true"),
         ]
-    title = element("h2", f"After {length_label(length)} bytes", style="margin: 0; font-size: 1rem")
+    title = element("h2", f"After {length_label(length)} bytes")
     return element("div", title, element("dl", *rows), class_="card")
 
 
@@ -171,9 +170,9 @@ def _recall_table(results: Results) -> Markup:
         element("tr", *(element("th", name, scope="col") for _, name in COLUMNS)),
     )
     caption = (
-        "Exact match has its 95% lower bound in brackets; digits are the single digits that are right. Load: how often "
-        "a slot was written to on average, the same counting only the open part of the gates, and the share of slots "
-        "that were written to at all."
+        "Exact match stands with its 95% lower bound; digits are the single digits that are right. Cost and load are "
+        "those of the model with memory; load is how often a slot was written to on average, the same counting only "
+        "the open part of the gates, and the share of slots that were written to at all."
     )
     table = element("table", element("caption", caption), head, _rows(recall_rows(results)))
     return element("section", element("h2", "Recall in numbers"), _boxed(table))
@@ -185,14 +184,24 @@ def _group_class(group: str) -> str | None:
 
 def _other_tables(results: Results) -> Markup:
     overwritten = [
-        [MODELS[entry["model"]], length_label(entry["length"]), count(entry["questions"]), bounded(entry)]
-        + [percent(entry["stale"])]
+        [
+            MODELS[entry["model"]],
+            length_label(entry["length"]),
+            count(entry["questions"]),
+            bounded(entry),
+            percent(entry["stale"]),
+        ]
         for entry in results["overwritten"]
     ]
     switches = {"on": "switched on", "off": "switched off", "none": "none"}
     perplexity = [
-        [MODELS[entry["model"]], switches[entry["memory"]], count(entry["bytes"])]
-        + [f"{entry['loss']:.4f}", f"{entry['perplexity']:.3f}"]
+        [
+            MODELS[entry["model"]],
+            switches[entry["memory"]],
+            count(entry["bytes"]),
+            f"{entry['loss']:.4f}",
+            f"{entry['perplexity']:.3f}",
+        ]
         for entry in results["perplexity"]
     ]
     return element(
@@ -200,7 +209,7 @@ def _other_tables(results: Results) -> Markup:
         element("h2", "Numbers that changed, and ordinary text"),
         _table(
             "Some numbers are told twice. Only the latest counts; stale answers are the share that gave an older one.",
-            ["Model", "Length", "Questions", "Exact match (95% bound)", "Stale answers"],
+            ["Model", "Length", "Questions", "Exact match (bound)", "Stale answers"],
             overwritten,
         ),
         _table(
@@ -210,80 +219,6 @@ def _other_tables(results: Results) -> Markup:
             words=2,
         ),
     )
-
-
-def _questions(results: Results) -> Markup:
-    if not results["examples"]:
-        return Markup()
-    return element(
-        "section",
-        element("h2", "Questions to read"),
-        element(
-            "p",
-            element("span", "Around each number, the stronger the colour, the more of a byte was written:"),
-            element("span", "gate 0", class_="faint"),
-            element("span", class_="ramp", role="img", aria_label="a ramp from no colour to strong colour"),
-            element("span", "gate 1.", class_="faint"),
-            element("span", "Point at a character to see its gate."),
-            class_="legend",
-        ),
-        element("div", *(_question(example) for example in results["examples"]), class_="asked"),
-    )
-
-
-def _question(example: Entry) -> Markup:
-    answers = [element("div", element("dt", "The number was"), element("dd", example["expected"], class_="digits"))]
-    for model, name in MODELS.items():
-        right = example[model] == example["expected"]
-        verdict = element("span", "✓ right" if right else "✗ wrong", class_="right" if right else "wrong")
-        answer = element("span", example[model], class_="digits")
-        answers.append(element("div", element("dt", f"The model {name} said"), element("dd", answer, " ", verdict)))
-    whole = example["before"] + example["needle"] + example["after"]
-    gates = gate_of_characters(whole, example["gates"])
-    start, stop = len(example["before"]), len(example["before"]) + len(example["needle"])
-    shown = [_by_gate(whole[part], gates[part]) for part in (slice(start), slice(start, stop), slice(stop, None))]
-    inside, around = gates[start:stop], gates[:start] + gates[stop:]
-    place = (
-        f"Told {count(example['distance'])} bytes before the question, at {example['depth']:.0%} of a text of "
-        f"{length_label(example['length'])} bytes. "
-    )
-    if None in gates:
-        place += "The gates of this text are not known."
-    else:
-        place += f"Mean gate in the sentence {_mean(inside)}, around it {_mean(around)}."
-    return element(
-        "article",
-        element("h3", element("code", example["question"], " …")),
-        element("dl", *answers),
-        element("p", place, class_="faint"),
-        element("pre", shown[0], element("mark", shown[1]), shown[2]),
-        class_="card",
-    )
-
-
-def gate_of_characters(content: str, gates: Sequence[float]) -> list[float | None]:
-    """The gate of every character: the mean over its UTF-8 bytes, or None throughout where the gates fit no such text."""
-    sizes = [len(character.encode(errors="surrogatepass")) for character in content]
-    if len(gates) == len(content):
-        return list(gates)
-    if len(gates) != sum(sizes):
-        return [None] * len(content)
-    remaining = iter(gates)
-    return [fmean(next(remaining) for _ in range(size)) for size in sizes]
-
-
-def _by_gate(content: str, gates: Sequence[float | None]) -> Markup:
-    """Runs of characters with the same gate, coloured by it."""
-    spans = []
-    labelled = zip(content, (None if gate is None else f"{gate:.2f}" for gate in gates), strict=True)
-    for gate, run in groupby(labelled, key=lambda pair: pair[1]):
-        style, title = (None, None) if gate is None else (f"--gate: {gate}", f"gate {gate}")
-        spans.append(element("span", "".join(character for character, _ in run), style=style, title=title))
-    return Markup("".join(spans))
-
-
-def _mean(gates: Sequence[float | None]) -> str:
-    return f"{fmean(gate for gate in gates if gate is not None):.2f}" if gates else MISSING
 
 
 def _variants(results: Results) -> Markup:
@@ -299,7 +234,7 @@ def _variants(results: Results) -> Markup:
             (
                 "query_conv",
                 {"query_conv": "Width"},
-                "How many of the last bytes an address depends on (the width of the convolution over queries; 0: none).",
+                "How many of the last bytes an address depends on: the width of the convolution over queries.",
             ),
         )
         if (entries := variants.get(kind))
@@ -336,7 +271,9 @@ def _facts(results: Results) -> Markup:
         element("h2", "How this was made"),
         element(
             "div",
-            element("p", element("code", results["command"]), f" ran on {results['date']} with fwpkm {results['version']}."),
+            element(
+                "p", element("code", results["command"]), f" ran on {results['date']} with fwpkm {results['version']}."
+            ),
             element("h3", "Settings"),
             _list(results["settings"]),
             element("h3", "Parameters"),
@@ -365,25 +302,22 @@ def _list(facts: Entry) -> Markup:
 
 
 def _value(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return ", ".join(map(_value, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Markup:
     if not rows:
         return Markup()
     head = (
-        element("th", name, scope="col", class_="words" if place < words else None) for place, name in enumerate(columns)
+        element("th", name, scope="col", class_="words" if place < words else None)
+        for place, name in enumerate(columns)
     )
     body = _rows(rows, words)
     return _boxed(element("table", element("caption", caption), element("thead", element("tr", *head)), body))
 
 
 def _rows(rows: Sequence[Sequence[str]], words: int = 0) -> Markup:
-    """A table's body; the first cell is the row's header, and the first ``words`` cells are set as words, not numbers."""
+    """A table's body; a row's first cell is its header, and the first ``words`` cells are set as words, not numbers."""
     written = []
     for first, *others in rows:
         cells = [element("th", first, scope="row", class_="words" if words else None)]

@@ -56,7 +56,7 @@ def draw_heat_map(results: Results, theme: Theme) -> Figure:
     """Two panels, a column a length, a row a depth; cells without a question are hatched."""
     lengths = recall_lengths(results)
     scale = LinearSegmentedColormap.from_list("share", theme.scale)
-    figure = Figure(figsize=(10, 4.7), layout="constrained")
+    figure = Figure(figsize=(10, 4.75), layout="constrained")
     panels = figure.subplots(1, len(MODELS), sharey=True)
     for panel, (model, name) in zip(panels, MODELS.items(), strict=True):
         entries = recall_by_length(results, model)
@@ -84,7 +84,8 @@ def draw_heat_map(results: Results, theme: Theme) -> Figure:
                     color=_ink_on(scale(share)),
                 )
         panel.set_title(name.capitalize(), color=theme.of(model))
-        panel.set_xticks(np.arange(len(lengths)) + 0.5, [length_label(length) for length in lengths])
+        every = 2 if len(lengths) > 8 else 1
+        panel.set_xticks(np.arange(0, len(lengths), every) + 0.5, [length_label(length) for length in lengths[::every]])
         every = 2 if len(edges) > 6 else 1
         panel.set_yticks(range(0, len(edges), every), [f"{edge:.0%}" for edge in edges[::every]])
         panel.set_ylim(len(edges) - 1, 0)
@@ -94,7 +95,7 @@ def draw_heat_map(results: Results, theme: Theme) -> Figure:
         panel.set_xlabel("Length of the text in bytes")
     panels[0].set_ylabel("Where the number stood\n(0%: at the start of the text)")
     bar = figure.colorbar(mesh, ax=panels, format=PercentFormatter(1, 0), aspect=30, pad=0.015)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.set_label("Exact match")
     return figure
@@ -103,7 +104,7 @@ def draw_heat_map(results: Results, theme: Theme) -> Figure:
 def draw_recall_curve(results: Results, theme: Theme) -> Figure:
     """One line a model, with markers and a band from the 95% lower bound up."""
     lengths = recall_lengths(results)
-    figure = Figure(figsize=(10, 4.3), layout="constrained")
+    figure = Figure(figsize=(10, 4.25), layout="constrained")
     panel = figure.subplots()
     for model, name in MODELS.items():
         entries = recall_by_length(results, model)
@@ -123,7 +124,7 @@ def draw_recall_curve(results: Results, theme: Theme) -> Figure:
 
 def draw_training_curve(results: Results, theme: Theme) -> Figure:
     """Two panels over the steps: loss, and digit accuracy with the mean gate where there is one."""
-    figure = Figure(figsize=(10, 4.1), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for model, name in MODELS.items():
         log = results["training"][model]
@@ -133,11 +134,13 @@ def draw_training_curve(results: Results, theme: Theme) -> Figure:
         accuracy.plot(steps, [record["digit_accuracy"] for record in log], **line)
         gated = [(record["step"], record["gate"]) for record in log if record["gate"] is not None]
         if gated:
-            accuracy.plot(*zip(*gated, strict=True), color=theme.faint, linestyle="-.", linewidth=1.4, label="mean gate")
+            accuracy.plot(
+                *zip(*gated, strict=True), color=theme.faint, linestyle="-.", linewidth=1.4, label="mean gate"
+            )
     accuracy.axhline(GUESS_DIGIT, color=theme.faint, linestyle=":", linewidth=1.2, label="guessing a digit: 1 in 10")
     loss.set_title("Loss on the text, nats a byte")
     loss.set_ylim(bottom=0)
-    accuracy.set_title("Digits of the answers that are right")
+    accuracy.set_title("Digits answered right")
     _share_axis(accuracy)
     for panel in (loss, accuracy):
         panel.set_xlabel("Training step")
@@ -160,7 +163,7 @@ def _style(theme: Theme) -> dict[str, Any]:
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "figure.constrained_layout.h_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.09,
         "figure.constrained_layout.w_pad": 0.12,
         "figure.facecolor": theme.card,
         "savefig.facecolor": theme.card,

@@ -18,7 +18,8 @@
                            query_conv: [{query_conv, recall, digits}]}, recall and digits: {length as text: share}
 
 ``model`` is ``"memory"`` or ``"control"``; lengths and distances are bytes; losses are nats a byte; ``exact``,
-``digits``, ``stale`` and ``slots_touched`` are shares from 0 to 1.
+``digits``, ``stale`` and ``slots_touched`` are shares from 0 to 1; ``gates`` has a number for every byte of ``before``,
+``needle`` and ``after``.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from fwpkm.report.results import Results, recall_by_length, recall_lengths
 # What follows the length: a group of columns, and the column itself.
 COLUMNS = (
     ("With memory", "Questions"),
-    ("With memory", "Exact match (95% bound)"),
+    ("With memory", "Exact match (bound)"),
     ("With memory", "Digits"),
-    ("Without memory", "Exact match (95% bound)"),
+    ("Without memory", "Exact match (bound)"),
     ("Without memory", "Digits"),
-    ("Cost of memory", "Bytes/s"),
-    ("Cost of memory", "Peak MB"),
-    ("Load of the slots", "Writes a slot"),
-    ("Load of the slots", "Gated writes a slot"),
-    ("Load of the slots", "Slots touched"),
+    ("Cost", "Bytes/s"),
+    ("Cost", "Peak MB"),
+    ("Load", "Writes a slot"),
+    ("Load", "Gated writes a slot"),
+    ("Load", "Slots touched"),
 )
 
 
@@ -35,7 +35,7 @@ def recall_rows(results: Results) -> list[list[str]]:
                 bounded(ours),
                 percent(asked.get("digits")),
                 bounded(other),
-                percent(other and other["digits"]),
+                percent(other["digits"] if other else None),
                 count(asked.get("bytes_per_second")),
                 count(asked.get("peak_memory_mb")),
                 decimal(load.get("writes_per_slot")),
@@ -49,7 +49,7 @@ def recall_rows(results: Results) -> list[list[str]]:
 def markdown_table(results: Results) -> str:
     """The recall table as Markdown: one line a length of text, ending with a newline."""
     columns = ["Length"] + [
-        f"{name}, without" if group == "Without memory" else name for group, name in COLUMNS
+        f"{group}: {name.lower()}" if group == "Without memory" else name for group, name in COLUMNS
     ]
     lines = [columns, ["---:"] * len(columns), *recall_rows(results)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

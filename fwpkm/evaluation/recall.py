@@ -1,0 +1,141 @@
+"""Needle recall: stream documents through a model, and see which numbers it gives back."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fwpkm.data.needles import DIGITS, Document
+from fwpkm.models import FwPKMCache, FwPKMForCausalLM
+
+DEPTH_BINS = 8
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a model answered to the questions of documents of one length.
+
+    A digit counts as given when it is the model's most likely byte after the question and the *true* digits before it; all
+    six are right exactly when greedy decoding gives the number.
+    """
+
+    documents: Sequence[Document]
+    answers: NDArray[np.uint8]  # [documents, Q, 6] the bytes given
+    gates: NDArray[np.float32] | None  # [documents, T] of the first memory layer
+    slots_touched: float  # share of its slots, mean over the documents
+    slots_a_token: int
+    n_slots: int
+    seconds: float
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """``[documents, Q, 6]`` which digits are right."""
+        return self.answers == np.stack([d.tokens[d.answers] for d in self.documents])
+
+    def summary(self) -> dict[str, Any]:
+        """Shares, by depth too, the load of the slots, speed and memory, as JSON takes them."""
+        exact = self.right.all(-1).flatten()
+        length = self.documents[0].tokens.size
+        depth = np.concatenate([d.needles for d in self.documents]) / length
+        bins = np.minimum((depth * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
+        return {
+            "length": length,
+            "questions": exact.size,
+            "exact": float(exact.mean()),
+            "exact_lower95": lower_bound(int(exact.sum()), exact.size),
+            "digits": float(self.right.mean()),
+            "depths": [
+                {
+                    "from": b / DEPTH_BINS,
+                    "to": (b + 1) / DEPTH_BINS,
+                    "questions": int((bins == b).sum()),
+                    "exact": float(exact[bins == b].mean()) if (bins == b).any() else None,
+                }
+                for b in range(DEPTH_BINS)
+            ],
+            "seconds": self.seconds,
+            "bytes_per_second": length * len(self.documents) / self.seconds,
+            "peak_memory_mb": peak_memory_mb(),
+            "load": self._load(),
+        }
+
+    def stale_share(self) -> float:
+        """Share of the questions answered with a number that had been overwritten."""
+        given = [bytes(row).decode("latin-1") for document in self.answers for row in document]
+        stale = [number for document in self.documents for number in document.stale]
+        return float(np.mean([a == b for a, b in zip(given, stale, strict=True)]))
+
+    def _load(self) -> dict[str, float] | None:
+        if self.gates is None:
+            return None
+        a_token = self.slots_a_token / self.n_slots
+        return {
+            "writes_per_slot": self.gates.shape[1] * a_token,
+            "open_gate_writes_per_slot": float(self.gates.sum(1).mean()) * a_token,
+            "slots_touched": self.slots_touched,
+        }
+
+
+@torch.no_grad()
+def ask(
+    model: FwPKMForCausalLM,
+    documents: Sequence[Document],
+    call: int = 4096,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Recall:
+    """Stream documents of one length through ``model`` side by side, ``call`` bytes a call, and collect its answers.
+
+    ``on_bytes`` is told after each call how many bytes were read.
+    """
+    model.eval()
+    tokens = torch.from_numpy(np.stack([d.tokens for d in documents]))
+    before_answers = torch.from_numpy(np.stack([d.answers for d in documents]) - 1).flatten(1)
+    given = torch.zeros_like(tokens)
+    gates, touched = [], None
+    cache = FwPKMCache(model.config)
+    start = time.perf_counter()
+    for first in range(0, tokens.shape[1], call):
+        piece = tokens[:, first : first + call].long()
+        result = model(piece, past_key_values=cache)
+        given[:, first : first + call] = result.logits.argmax(-1)
+        if result.gates:
+            gates.append(result.gates[0])
+            slots = result.slots[0].flatten(1)
+            if touched is None:
+                touched = torch.zeros(len(documents), model.config.fwpkm_n_subkeys**2, dtype=torch.bool)
+            touched.scatter_(1, slots, True)
+        on_bytes(piece.numel())
+    seconds = time.perf_counter() - start
+    answers = given.gather(1, before_answers).view(len(documents), -1, DIGITS)
+    return Recall(
+        documents=documents,
+        answers=answers.numpy(),
+        gates=torch.cat(gates, 1).numpy() if gates else None,
+        slots_touched=0.0 if touched is None else touched.float().mean().item(),
+        slots_a_token=model.config.fwpkm_heads * model.config.fwpkm_topk,
+        n_slots=model.config.fwpkm_n_subkeys**2,
+        seconds=seconds,
+    )
+
+
+def lower_bound(right: int, asked: int) -> float:
+    """Lower end of the 95% Wilson interval of a share."""
+    z, share = 1.96, right / asked
+    middle = share + z * z / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + (z / (2 * asked)) ** 2)
+    return max(0.0, (middle - spread) / (1 + z * z / asked))
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
