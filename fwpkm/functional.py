@@ -122,7 +122,9 @@ def _advance(state: MemoryState, tokens: _Tokens, training: bool) -> tuple[Memor
     start = 0
     while start < total:
         if state.open is None and config.detach_every and state.commits and state.commits % config.detach_every == 0:
-            state = state.detach()
+            # slow keys have no history to cut: they are parameters
+            keys = state.keys if config.key_update == "slow" else state.keys.detach()
+            state = dataclasses.replace(state.detach(), keys=keys)
         whole = (total - start) // chunk if state.open is None else 0
         if whole:
             if config.detach_every:

@@ -40,7 +40,8 @@ class MemoryConfig:
         key_update: ``"fast"``: keys commit after every chunk, as in the paper; ``"train_only"``: only in calls with
             ``training=True``; ``"slow"``: never, keys are parameters of the model.
         scope: ``"sequence"``: every sequence has its own memory; ``"shared"``: the batch writes to one.
-        detach_every: cut the gradient through keys and values before every so many chunks; None for never.
+        detach_every: cut the gradient through keys (but not ``"slow"`` ones) and values before every so many chunks;
+            None for never.
     """
 
     topk: int = 8

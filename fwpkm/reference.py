@@ -249,7 +249,9 @@ def fast_weight_memory(
     reads, all_slots, all_weights, losses, start = [], [], [], [], 0
     for s, C in enumerate(lengths):
         if config.detach_every and s > 0 and s % config.detach_every == 0:
-            keys, versions = keys.detach(), [version.detach() for version in versions]
+            versions = [version.detach() for version in versions]
+            if config.key_update != "slow":  # slow keys have no history to cut: they are parameters
+                keys = keys.detach()
         chunk = slice(start, start + C)
         start += C
 
@@ -269,8 +271,6 @@ def fast_weight_memory(
         y = by_memory(torch.cat([y[:, L:], torch.zeros_like(y[:, :L])], dim=1))
         has_target = torch.arange(C, device=gate.device) < C - L
         residuals = by_memory(gate[:, chunk] * has_target).unsqueeze(-1) * (y - read)
-        if config.log_dtype == "bfloat16" and not training:
-            residuals = residuals.to(torch.bfloat16).to(torch.float64)
         kappa = write_scale(w, config.write_scale, C, L)
         for m in range(M):
             counts = torch.bincount(slots[m].flatten(), minlength=N)  # N_s

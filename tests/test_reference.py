@@ -30,7 +30,6 @@ def make_config(**options):
         "key_update": "fast",
         "scope": "sequence",
         "detach_every": None,
-        "log_dtype": "float32",
     }
     assert options.keys() <= defaults.keys()
     return SimpleNamespace(**{**defaults, **options})
@@ -496,21 +495,6 @@ def test_values_are_the_base_plus_the_log_of_writes(problem):
         for record, slot in zip(log[m].flatten(0, 2), slots[m].flatten().tolist(), strict=True):
             total[slot] += record
         assert_close(total, final[m])
-
-
-def test_log_dtype_rounds_residuals_outside_training():
-    inputs = make_inputs(B=1, T=3)
-    exact, rounded = (
-        reference.fast_weight_memory(*inputs, make_config(log_dtype=dtype, topk=1)) for dtype in ("float32", "bfloat16")
-    )
-    moved, difference = exact.values - inputs[4], exact.values - rounded.values
-    assert difference.any()
-    assert difference.abs().max() <= 2.0**-8 * moved.abs().max()
-    trained, full = (
-        reference.fast_weight_memory(*inputs, make_config(log_dtype=dtype), training=True)
-        for dtype in ("bfloat16", "float32")
-    )
-    assert_same_result(trained, full)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "shared"])
