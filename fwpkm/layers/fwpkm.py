@@ -101,12 +101,12 @@ class FwPKM(nn.Module):
         nn.init.normal_(self.values, std=self.values.shape[1] ** -0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FwPKM:
-        fast = {"keys": self.keys, "values": self.values}
+        fast = {"keys": self.keys.detach(), "values": self.values.detach()}
         super()._apply(fn, recurse)
         for name, before in fast.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:  # a cast: repeat it without the change of dtype
-                getattr(self, name).data = before.detach().to(after.device)
+                after.data = before.to(after.device)
         return self
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
