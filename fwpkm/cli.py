@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fwpkm import demo as demos
 from fwpkm import variants as comparisons
@@ -75,7 +75,7 @@ def _progress() -> Iterator[demos.Progress]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
             name = what.split(":", 1)[0]

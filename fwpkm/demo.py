@@ -7,8 +7,9 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Questions:
 class DemoSettings:
     """What a demo trains and asks."""
 
-    training: NeedleTraining = NeedleTraining()
+    training: NeedleTraining = field(default_factory=NeedleTraining)
     questions: tuple[Questions, ...] = (
         Questions(1 << 10, 144, 7),
         Questions(1 << 12, 64, 16),
@@ -64,12 +65,15 @@ class DemoSettings:
     write_scale: str = "exact"
     query_conv: int = 16
     gate_weight: float = 1.0
+    training_chunk: int = 64
+    chunk: int = 256
     seed: int = 0
 
     def model_config(self, memory: bool) -> FwPKMConfig:
         """Two blocks, a 64-byte window each; the first with a memory that all documents of a training step share.
 
-        Sharing makes a thousand-byte document feel the crowd of a much longer one: whatever the others write is in the way.
+        Sharing makes a thousand-byte document feel the crowd of a much longer one: whatever the others write is in
+        the way.
         """
         width = self.width
         return FwPKMConfig(
@@ -86,7 +90,7 @@ class DemoSettings:
             fwpkm_key_dim=width,
             fwpkm_value_dim=width,
             fwpkm_query_conv=self.query_conv,
-            fwpkm_chunk_size=64,
+            fwpkm_chunk_size=self.training_chunk,
             fwpkm_key_update=self.key_update,
             fwpkm_write_scale=self.write_scale,
             fwpkm_scope="shared",
@@ -119,24 +123,18 @@ def run(out: Path, settings: DemoSettings, text: Path | None, command: str, prog
     for name in ("memory", "control"):
         checkpoint = out / ("checkpoint" if name == "memory" else "control")
 
-        def train_model(name: str = name, checkpoint: Path = checkpoint) -> dict[str, Any]:
-            model = new_model(settings, memory=name == "memory")
-            history = train_with_progress(model, train_text, settings.training, f"training {name}", progress)
-            for_sequences(model).save_pretrained(checkpoint)
-            return {"history": history, "parameters": model.num_parameters()}
-
-        trained = stages.run(f"training {name}", train_model)
+        trained = stages.run(f"training {name}", partial(_train, name, checkpoint, train_text, settings, progress))
         results.setdefault("training", {})[name] = trained["history"]
         results.setdefault("parameters", {})[name] = trained["parameters"]
         models[name] = FwPKMForCausalLM.from_pretrained(checkpoint)
 
     results["recall"], results["examples"] = [], []
     for asked in settings.questions:
-        stage = stages.run(f"recall {asked.length}", lambda a=asked: _recall(models, held_out, a, settings, progress))
+        stage = stages.run(f"recall {asked.length}", partial(_recall, models, held_out, asked, settings, progress))
         results["recall"] += stage["rows"]
         results["examples"] += stage["examples"]
-    results["overwritten"] = stages.run("overwritten", lambda: _overwritten(models, held_out, settings, progress))
-    results["perplexity"] = stages.run("perplexity", lambda: _perplexities(models, held_out, settings, progress))
+    results["overwritten"] = stages.run("overwritten", partial(_overwritten, models, held_out, settings, progress))
+    results["perplexity"] = stages.run("perplexity", partial(_perplexities, models, held_out, settings, progress))
     # A few of the longest: those that are the hardest to believe.
     results["examples"] = sorted(results["examples"], key=lambda e: -e["length"])[: settings.examples]
     stages.save()
@@ -144,6 +142,13 @@ def run(out: Path, settings: DemoSettings, text: Path | None, command: str, prog
         draw(results, out / f"{name}.png")
     write_page(results, out / "index.html")
     return results
+
+
+def _train(name: str, checkpoint: Path, text: Bytes, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
+    model = new_model(settings, memory=name == "memory")
+    history = train_with_progress(model, text, settings.training, f"training {name}", progress)
+    for_sequences(model, settings.chunk).save_pretrained(checkpoint)
+    return {"history": history, "parameters": model.num_parameters()}
 
 
 class _Stages:
@@ -185,12 +190,18 @@ def train_with_progress(
     return history
 
 
-def for_sequences(model: FwPKMForCausalLM) -> FwPKMForCausalLM:
-    """The same weights in a model where every sequence has a memory of its own."""
-    config = FwPKMConfig.from_dict(model.config.to_dict() | {"fwpkm_scope": "sequence"})
-    served = FwPKMForCausalLM(config)
-    served.load_state_dict(model.state_dict())
-    return served
+def for_sequences(model: FwPKMForCausalLM, chunk: int) -> FwPKMForCausalLM:
+    """The same weights in a model where every sequence has a memory of its own, with chunks of ``chunk`` bytes.
+
+    The last byte of a chunk stores nothing, its target lies in the next one: longer chunks lose fewer digits.
+    """
+    return _reconfigured(model, fwpkm_scope="sequence", fwpkm_chunk_size=chunk)
+
+
+def _reconfigured(model: FwPKMForCausalLM, **changes: Any) -> FwPKMForCausalLM:
+    changed = FwPKMForCausalLM(FwPKMConfig.from_dict(model.config.to_dict() | changes))
+    changed.load_state_dict(model.state_dict())
+    return changed
 
 
 def documents(text: Bytes, asked: Questions, seed: int, overwritten: int = 0) -> list[Document]:
@@ -240,7 +251,7 @@ def _perplexities(
     models: dict[str, FwPKMForCausalLM], text: Bytes, settings: DemoSettings, progress: Progress
 ) -> list[dict[str, Any]]:
     piece = text[: settings.perplexity_bytes]
-    never_written = _without_writes(models["memory"])
+    never_written = _reconfigured(models["memory"], fwpkm_learning_rate=0.0)
     cases = (
         ("memory", "on", models["memory"]),
         ("memory", "off", never_written),
@@ -252,13 +263,6 @@ def _perplexities(
         rows.append({"model": name, "memory": memory, **perplexity(model, piece)})
     progress("perplexity", len(cases), len(cases))
     return rows
-
-
-def _without_writes(model: FwPKMForCausalLM) -> FwPKMForCausalLM:
-    config = FwPKMConfig.from_dict(model.config.to_dict() | {"fwpkm_learning_rate": 0.0})
-    silent = FwPKMForCausalLM(config)
-    silent.load_state_dict(model.state_dict())
-    return silent
 
 
 def examples(memory: Recall, control: Recall, count: int) -> list[dict[str, Any]]:

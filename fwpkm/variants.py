@@ -1,4 +1,4 @@
-"""The demo's model with every key update, write scale and width of the query convolution, trained alike and compared."""
+"""The demo's model with every key update, write scale and query convolution, trained alike and compared."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _run_one(out: Path, variant: DemoSettings, text: Path | None) -> None:
     train_text, held_out = load_split(text_files(text) if text else standard_library())
     model = new_model(variant, memory=True)
     history = train_with_progress(model, train_text, variant.training, "training", lambda what, done, total: None)
-    served = for_sequences(model)
+    served = for_sequences(model, variant.chunk)
     recalls = {str(a.length): ask(served, documents(held_out, a, variant.seed)).summary() for a in QUESTIONS}
     row = {
         "key_update": variant.key_update,

@@ -44,7 +44,11 @@ def test_bad_configuration(field, value, expected):
         (torch.randn(2, 5, 2), torch.randn(25, 3), r"keys.shape is .*; expected \[M, H, 2, n, Dk/2\]"),
         (torch.randn(1, 3, 5, 2), torch.randn(25, 3), r"keys.shape is .*; expected \[M, H, 2, n, Dk/2\]"),
         (torch.randn(1, 2, 5, 2), torch.randn(24, 3), r"values.shape is \[24, 3\]; expected \[25, Dv\]"),
-        (torch.randn(1, 2, 5, 2).half(), torch.randn(25, 3).half(), "keys.dtype is torch.float16; expected torch.float"),
+        (
+            torch.randn(1, 2, 5, 2).half(),
+            torch.randn(25, 3).half(),
+            "keys.dtype is torch.float16; expected torch.float",
+        ),
         (torch.randn(1, 2, 5, 2), torch.randn(25, 3).double(), "values.dtype is torch.float64; expected torch.float32"),
     ],
 )
@@ -77,7 +81,7 @@ def test_bad_call(wrong, message):
 def test_a_state_is_continued_with_its_configuration_and_batch():
     state = fast_weight_memory(QUERY, TARGET, GATE, START, CONFIG).state
     other = dataclasses.replace(CONFIG, learning_rate=0.5)
-    with pytest.raises(ValueError, match="config is .*; expected the configuration of the state"):
+    with pytest.raises(ValueError, match=r"config is .*; expected the configuration of the state"):
         fast_weight_memory(QUERY, TARGET, GATE, state, other)
     with pytest.raises(ValueError, match=r"query.shape\[0\] is 1; expected 2, the batch of the state"):
         fast_weight_memory(QUERY[:1], TARGET[:1], GATE[:1], state, CONFIG)

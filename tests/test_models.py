@@ -11,9 +11,7 @@ from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMConfig, FwPKMForCausalLM
 from tests.draws import Draw, seeds
 
-LAYOUTS = st.sampled_from(
-    [["sliding_attention"] * 2, ["full_attention"] * 2, ["sliding_attention", "full_attention"]]
-)
+LAYOUTS = st.sampled_from([["sliding_attention"] * 2, ["full_attention"] * 2, ["sliding_attention", "full_attention"]])
 
 
 def make_config(**options) -> FwPKMConfig:
@@ -45,7 +43,9 @@ def make_model(seed: int = 0, **options) -> FwPKMForCausalLM:
     return FwPKMForCausalLM(make_config(**options)).eval()
 
 
-@given(seed=seeds, cuts=st.sets(st.integers(1, 29), max_size=6), layout=LAYOUTS, key_update=st.sampled_from(KEY_UPDATES))
+@given(
+    seed=seeds, cuts=st.sets(st.integers(1, 29), max_size=6), layout=LAYOUTS, key_update=st.sampled_from(KEY_UPDATES)
+)
 @torch.no_grad()
 def test_streams(seed, cuts, layout, key_update):
     """Any prefill split, down to token by token, gives the logits of one pass."""
@@ -183,7 +183,7 @@ def test_bad_input():
     tokens = torch.randint(32, (1, 12))
     with pytest.raises(ValueError, match=r"input_ids.shape is \[12\]; expected \[B, T\]"):
         model(tokens[0])
-    with pytest.raises(ValueError, match="input_ids.dtype is torch.float32; expected torch.int64"):
+    with pytest.raises(ValueError, match=r"input_ids.dtype is torch.float32; expected torch.int64"):
         model(tokens.float())
     with pytest.raises(ValueError, match=r"labels.shape is \[1, 11\]; expected \[1, 12\]"):
         model(tokens, labels=tokens[:, 1:])

@@ -24,8 +24,8 @@ DEPTH_BINS = 8
 class Recall:
     """What a model answered to the questions of documents of one length.
 
-    A digit counts as given when it is the model's most likely byte after the question and the *true* digits before it; all
-    six are right exactly when greedy decoding gives the number.
+    A digit counts as given when it is the model's most likely byte after the question and the *true* digits before it;
+    all six are right exactly when greedy decoding gives the number.
     """
 
     documents: Sequence[Document]

@@ -45,14 +45,30 @@ GOOD = {
 
 BAD = [
     (ops.product_key_topk, {"sub_scores": torch.randn(2, 3, 4)}, "sub_scores.shape is .*; expected .*heads, 2, n_sub"),
-    (ops.product_key_topk, {"sub_scores": SUB_SCORES.half()}, "sub_scores.dtype is torch.float16; expected torch.float"),
+    (
+        ops.product_key_topk,
+        {"sub_scores": SUB_SCORES.half()},
+        "sub_scores.dtype is torch.float16; expected torch.float",
+    ),
     (ops.product_key_topk, {"k": 3}, r"k is 3; expected 1 <= k <= n_subkeys \(2\)"),
     (ops.product_key_topk, {"k": 0}, "k is 0; expected 1 <= k"),
     (ops.product_key_address, {"query": QUERY[0]}, r"query.shape is \[3, 1, 4\]; expected \[M, P, H, Dk\]"),
-    (ops.product_key_address, {"query": torch.randn(2, 3, 1, 5)}, r"query.shape\[-1\] is 5; expected an even key width"),
+    (
+        ops.product_key_address,
+        {"query": torch.randn(2, 3, 1, 5)},
+        r"query.shape\[-1\] is 5; expected an even key width",
+    ),
     (ops.product_key_address, {"query": QUERY.bfloat16()}, "query.dtype is torch.bfloat16; expected torch.float32"),
-    (ops.product_key_address, {"keys": torch.randn(2, 1, 2, 5, 3)}, r"keys.shape is .*; expected \[M or 1, 1, 2, n, 2\]"),
-    (ops.product_key_address, {"keys": torch.randn(3, 1, 2, 5, 2)}, r"keys.shape\[0\] is 3; expected 1 or the 2 memories"),
+    (
+        ops.product_key_address,
+        {"keys": torch.randn(2, 1, 2, 5, 3)},
+        r"keys.shape is .*; expected \[M or 1, 1, 2, n, 2\]",
+    ),
+    (
+        ops.product_key_address,
+        {"keys": torch.randn(3, 1, 2, 5, 2)},
+        r"keys.shape\[0\] is 3; expected 1 or the 2 memories",
+    ),
     (ops.product_key_address, {"keys": KEYS.double()}, "keys.dtype is torch.float64; expected torch.float32"),
     (ops.product_key_address, {"k": 6}, r"k is 6; expected 1 <= k <= n_subkeys \(5\)"),
     (ops.product_key_address, {"score": "cosine"}, "score is 'cosine'; expected 'idw' or 'dot'"),
@@ -82,7 +98,11 @@ BAD = [
     (ops.memory_scan, {"coefficients": SCAN_WEIGHTS.double()}, "coefficients.dtype is torch.float64; expected"),
     (ops.memory_scan, {"targets": TARGETS[..., :2]}, r"targets.shape is .*; expected \[1, 2, 4, 3\]"),
     (ops.memory_scan, {"gates": GATES[..., :2]}, r"gates.shape is \[1, 2, 2\]; expected \[1, 2, 4\]"),
-    (ops.memory_scan, {"log": LOG._replace(slots=LOG.slots[:, :4])}, r"log.chunks.shape is \[1, 5\]; expected \[1, 4\]"),
+    (
+        ops.memory_scan,
+        {"log": LOG._replace(slots=LOG.slots[:, :4])},
+        r"log.chunks.shape is \[1, 5\]; expected \[1, 4\]",
+    ),
     (ops.memory_scan, {"log": LOG._replace(chunks=LOG.chunks.int())}, "log.chunks.dtype is torch.int32; expected"),
     (ops.memory_scan, {"log": LOG._replace(residuals=LOG.residuals[..., :1])}, r"log.residuals.shape is \[1, 5, 1\]"),
     (ops.memory_scan, {"log": LOG._replace(coefficients=LOG.coefficients.half())}, "log.coefficients.dtype is torch.f"),

@@ -39,7 +39,10 @@ def test_topk_negative_zero_ties_with_zero():
 @given(seed=seeds, n=st.integers(1, 12), half=st.integers(1, 5), score=scores, shared=st.booleans(), **sizes)
 def test_address(seed, n, half, score, shared, memories, tokens, heads):
     draw = Draw(seed)
-    query, keys = draw.normal(memories, tokens, heads, 2 * half), draw.normal(1 if shared else memories, heads, 2, n, half)
+    query, keys = (
+        draw.normal(memories, tokens, heads, 2 * half),
+        draw.normal(1 if shared else memories, heads, 2, n, half),
+    )
     k = min(3, n)
     have, want = ops.product_key_address(query, keys, k, score), reference.product_key_address(query, keys, k, score)
     for a, b in zip(have, want, strict=True):
@@ -75,7 +78,10 @@ def test_a_query_on_its_key_has_distance_zero():
 @given(seed=seeds, n=st.integers(2, 8), score=scores, masked=st.booleans(), shared=st.booleans(), **sizes)
 def test_key_commit(seed, n, score, masked, shared, memories, tokens, heads):
     draw, half, k = Draw(seed), 3, 2
-    query, keys = draw.normal(memories, tokens, heads, 2 * half), draw.normal(1 if shared else memories, heads, 2, n, half)
+    query, keys = (
+        draw.normal(memories, tokens, heads, 2 * half),
+        draw.normal(1 if shared else memories, heads, 2, n, half),
+    )
     mask = draw.integers(2, memories, tokens).bool() if masked else None
     leaves = [query.requires_grad_(), keys.requires_grad_()]
     _, _, sub_scores, sub_slots = ops.product_key_address(query, keys, k, score)
