@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
 
 from fwpkm import demo as demos
 from fwpkm import variants as comparisons
@@ -74,6 +75,7 @@ def _progress() -> Iterator[demos.Progress]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
+    transformers_logging.disable_progress_bar()  # its bars for loading weights would run through ours
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
