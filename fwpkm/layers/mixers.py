@@ -55,7 +55,8 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
     Returns:
         ``[B, heads, T, d]``, in blocks of ``window`` queries against the ``2 * window - 1`` keys they can see.
     """
-    length, past = query.shape[2], key.shape[2] - query.shape[2]
+    batch, heads, length, _ = query.shape
+    past = key.shape[2] - length
     if length == 1:
         return scaled_dot_product_attention(query, key[:, :, -window:], value[:, :, -window:], scale=scale)
     blocks = -(-length // window)
@@ -63,14 +64,15 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
     reach = window - 1  # keys before a block's first query that it can see
     query = pad(query, (0, 0, 0, tail)).unflatten(2, (blocks, window))
     key, value = (pad(x[:, :, max(0, past - reach) :], (0, 0, max(0, reach - past), tail)) for x in (key, value))
-    # [B, heads, blocks, window + reach, d]: block i sees the keys at i * window - reach .. i * window + window - 1
-    key, value = (x.unfold(2, window + reach, window).transpose(-1, -2) for x in (key, value))
+    # Block i sees the keys at i * window - reach .. i * window + window - 1. Blocks stand where heads usually do, and
+    # heads with the batch: [B * heads, blocks, window + reach, d] has the four dimensions that fused kernels take.
+    key, value = (x.unfold(2, window + reach, window).transpose(-1, -2).flatten(0, 1) for x in (key, value))
     row, column = torch.arange(window, device=query.device)[:, None], torch.arange(window + reach, device=query.device)
     visible = (column >= row) & (column <= row + reach)
     exists = torch.arange(blocks, device=query.device)[:, None] * window + column >= reach - min(past, reach)
     mask = visible & exists[:, None, :]
-    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.flatten(2, 3)[:, :, :length]
+    out = scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=mask.unsqueeze(0), scale=scale)
+    return out.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
 
 
 AttentionInterface.register(WINDOWED, windowed_attention_forward)
