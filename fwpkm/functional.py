@@ -1,6 +1,4 @@
-"""``fast_weight_memory``: section 2 of docs/design.md over the operators, chunk by chunk, with a state that
-continues.
-"""
+"""``fast_weight_memory``: section 2 of docs/design.md over the operators, with a state that continues."""
 
 from __future__ import annotations
 
@@ -55,8 +53,7 @@ def fast_weight_memory(
     commit_partial: bool = False,
     training: bool = False,
 ) -> MemoryResult:
-    """Read and write a memory along a sequence: token by token, chunk by chunk (paper, section 3; docs/design.md,
-    section 2).
+    """Read and write a memory along a sequence, chunk by chunk (paper, section 3; docs/design.md, section 2).
 
     Everything is computed in the dtype of the fast weights, also under autocast. However a sequence is cut into calls,
     it gives the same outputs and the same memory.
@@ -179,9 +176,7 @@ def _addressing_loss(sub_scores: Tensor, sub_slots: Tensor, n: int) -> Tensor:
 
 
 def _loss_sub_scores(query: Tensor, keys: Tensor, sub_scores: Tensor, config: MemoryConfig, training: bool) -> Tensor:
-    """The sub-scores that the addressing loss is taken of: with ``slow`` keys it reaches these, and never the
-    queries.
-    """
+    """The sub-scores that the addressing loss is taken of: it reaches ``slow`` keys, and never the queries."""
     if config.key_update == "slow" and training and torch.is_grad_enabled() and keys.requires_grad:
         return product_key_address(query.detach(), keys, config.topk, config.score, config.score_eps)[2]
     return sub_scores
@@ -263,8 +258,7 @@ def _read_chunks(
     coefficients = _coefficients(weights, config, heads)
     chunk_of_token = torch.arange(state.memories * n_chunks, device=slots.device).view(state.memories, n_chunks, 1)
     counts = reads_of_slot(slots, chunk_of_token.expand(slots.shape[:3]), state.n_slots)
-    # Token t stores the target of token t + L; the last L tokens of a chunk have none, and gate 0 makes their residual
-    # zero.
+    # Token t stores the target of token t + L. The last L tokens of a chunk have none: gate 0, residual 0.
     lookahead = min(config.lookahead * state.columns, chunked.gate.shape[2])
     has_target = chunked.gate.shape[2] - lookahead
     targets = pad(chunked.target[:, :, lookahead:], (0, 0, 0, lookahead))

@@ -1,6 +1,4 @@
-"""What a memory is: its configuration, a starting point, the write log, and the state of memories that have read
-something.
-"""
+"""What a memory is: its configuration, a starting point, the write log, and the state of memories at work."""
 
 from __future__ import annotations
 
@@ -195,8 +193,7 @@ class MemoryState:
         )
 
     def fold(self) -> FastWeights:
-        """The dense weights this state stands for (``M = 1``): what is committed; flush first to include the open
-        chunk.
+        """The dense weights this state stands for (``M = 1``): what it has committed, so flush it first for the rest.
 
         Raises:
             ValueError: for a state of several memories.
@@ -253,9 +250,7 @@ class MemoryState:
 
 
 def relative_write_scale(config: MemoryConfig, length: int) -> float:
-    """Write scale of a chunk of ``length`` tokens over that of a full one; 0 for a chunk too short to have targets
-    (2.8).
-    """
+    """Write scale of a chunk of ``length`` tokens over that of a full one; 0 if it is too short for targets (2.8)."""
     full, lookahead = config.chunk_size, config.lookahead
     if length <= lookahead:
         return 0.0

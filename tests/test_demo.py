@@ -99,7 +99,7 @@ def test_results_of_other_settings_are_not_overwritten(tmp_path, text):
     run(tmp_path, text)
     other = dataclasses.replace(TINY, chunk=128)
     before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="out is .*; expected a new folder: this one holds the results of other"):
+    with pytest.raises(ValueError, match=r"out is .*; expected a new folder: this one holds the results of other"):
         run(tmp_path, text, other)
     assert (tmp_path / "results.json").read_bytes() == before
 
@@ -231,4 +231,4 @@ def test_a_text_too_short_for_the_documents_is_refused(tmp_path, text, monkeypat
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), "--text", str(text)])
     assert result.exit_code == 2
     assert "expected more than" in result.stderr
-    assert SENTENCE_BYTES == len("The secret number for ID-a1b2 is 123456.\n")
+    assert len("The secret number for ID-a1b2 is 123456.\n") == SENTENCE_BYTES

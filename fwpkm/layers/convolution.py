@@ -15,17 +15,15 @@ class CausalConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights that give ``conv(x)`` the scale of ``x``.
+        """Draw weights that give ``conv(x)`` twice the scale of ``x``.
 
-        Random, not zero: addresses then tell n-grams apart from the first step, and the model finds out much sooner
-        that something worth reading lies there.
+        Random and large, not zero: addresses then tell n-grams apart from the first step, and the model finds out much
+        sooner that something worth reading lies there.
         """
-        nn.init.normal_(self.weight, std=self.width**-0.5)
+        nn.init.normal_(self.weight, std=2 * self.width**-0.5)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x [B, T, D]`` and the last ``width - 1`` inputs before it (None at the start) -> output, new last
-        inputs.
-        """
+        """``x [B, T, D]``, the ``width - 1`` inputs before it (None at the start) -> output, the last inputs now."""
         if past is None:
             past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         padded = torch.cat((past, x), dim=1)

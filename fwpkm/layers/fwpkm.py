@@ -40,7 +40,7 @@ class FwPKM(nn.Module):
 
     ``keys`` and ``values`` are float32 buffers (``keys`` a parameter with ``key_update="slow"``), stay float32 in a
     model cast to another dtype, and are never written by a forward: every sequence starts from them and goes on by
-        itself.
+    itself.
 
     Args:
         hidden_size: ``D``.

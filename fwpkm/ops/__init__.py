@@ -1,6 +1,4 @@
-"""The registered operators (namespace ``fwpkm``): public functions that check their arguments and call one operator
-each.
-"""
+"""The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each."""
 
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.memory_read import memory_read

@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """``out[p] = sum_j weights[p, j] * table[index[p, j]]``; ``table [R, D]``, ``index``, ``weights [P, K]`` ->
-    ``[P, D]``.
-    """
+    """``out[p] = sum_j weights[p, j] * table[index[p, j]]``: ``[R, D]``, twice ``[P, K]`` -> ``[P, D]``."""
     if index.numel() == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
     return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weights, mode="sum")

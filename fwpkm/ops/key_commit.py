@@ -22,8 +22,7 @@ def key_commit(
     rate: float,
     score: str = "idw",
 ) -> Tensor:
-    """``K - rate * dL_addr/dK``, the addressing loss taken over the ``P`` tokens of a chunk, for ``M`` memories at
-    once.
+    """``K - rate * dL_addr/dK`` for ``M`` memories, the addressing loss taken over the ``P`` tokens of a chunk.
 
     ``L_addr = -H(p1) - H(p2)``, where ``p1``, ``p2 [n]`` are the mean over tokens and heads of the softmax over each
     codebook's selected sub-scores: the step spreads the reads over the sub-keys.

@@ -54,9 +54,7 @@ def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
 
 
 def by_codebook(query: Tensor, shared_keys: bool) -> Tensor:
-    """Queries ``[M, P, H, Dk]`` as rows a codebook: ``[G, R, Dk/2]``, ``G`` codebooks in the order of
-    ``keys.flatten(0, 2)``.
-    """
+    """Queries ``[M, P, H, Dk]`` a codebook: ``[G, R, Dk/2]``, ``G`` codebooks as in ``keys.flatten(0, 2)``."""
     pattern = "m p h (c d) -> (h c) (m p) d" if shared_keys else "m p h (c d) -> (m h c) p d"
     return rearrange(query, pattern, c=2)
 
@@ -87,9 +85,7 @@ def _blocks(codebooks: int, rows: int, n: int) -> Iterator[slice]:
 
 
 def _select(rows: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Best ``k`` sub-keys of rows ``[G, R, d]`` against ``keys [G, n, d]``: sub-scores and their indices ``[G, R,
-    k]``.
-    """
+    """Best sub-keys of rows ``[G, R, d]`` among ``keys [G, n, d]``: sub-scores and indices ``[G, R, k]``."""
     shape = (*rows.shape[:2], k)
     if score == "dot":
         sub_scores, sub_slots = largest(torch.bmm(rows, keys.mT).flatten(0, 1), k)

@@ -65,9 +65,7 @@ def combine(sub_values: Tensor, sub_slots: Tensor, n: int) -> tuple[Tensor, Tens
 
 
 def selected_gradient(grad_scores: Tensor, slots: Tensor, sub_slots: Tensor, n: int) -> Tensor:
-    """Hand the gradient of ``scores [..., k]`` to the selected sub-scores ``[..., 2, k]``: those whose sub-key is in
-    a slot.
-    """
+    """The gradient of ``scores [..., k]``, handed to the sub-scores ``[..., 2, k]`` whose sub-keys are in a slot."""
     halves = torch.stack((slots // n, slots % n), dim=-2)
     used = sub_slots.unsqueeze(-1) == halves.unsqueeze(-2)
     return torch.matmul(used.to(grad_scores.dtype), grad_scores[..., None, :, None]).squeeze(-1)

@@ -26,7 +26,7 @@ class NeedleTraining:
         steps: optimizer steps; the learning rate warms up over the first twentieth and decays along a half cosine.
         batch: documents a step.
         length: bytes a document.
-        needles: facts a document, at most; each document draws 1 to this many.
+        needles: facts a document, at most; each document draws half to all of this many.
         learning_rate: peak of AdamW's.
         answer_weight: weight of the mean cross entropy of the answers' digits, beside that of all bytes.
         seed: draws the documents.
