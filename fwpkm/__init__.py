@@ -1,8 +1,18 @@
 """Fast-weight Product Key Memory as PyTorch operators, layers and models."""
 
+__version__ = "0.1.0"
+
+from fwpkm import layers, models, ops  # transformers' Auto classes know the model from here on
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
 
-__version__ = "0.1.0"
-
-__all__ = ["FastWeights", "MemoryConfig", "MemoryResult", "MemoryState", "fast_weight_memory"]
+__all__ = [
+    "FastWeights",
+    "MemoryConfig",
+    "MemoryResult",
+    "MemoryState",
+    "fast_weight_memory",
+    "layers",
+    "models",
+    "ops",
+]

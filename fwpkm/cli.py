@@ -43,11 +43,11 @@ def demo(out: Out = Path("out/demo"), text: Text = None, steps: Steps = DEFAULT.
 def variants(
     out: Out = Path("out/variants"),
     text: Text = None,
-    steps: Steps = DEFAULT.training.steps,
+    steps: Steps = comparisons.TRAINING.steps,
     workers: Annotated[int, typer.Option(min=1, help="Variants trained side by side, a thread each.")] = 2,
 ) -> None:
     """Train the demo's model with every key update, write scale and width of the query convolution, and compare."""
-    settings = dataclasses.replace(DEFAULT, training=dataclasses.replace(DEFAULT.training, steps=steps))
+    settings = dataclasses.replace(DEFAULT, training=dataclasses.replace(comparisons.TRAINING, steps=steps))
     with _errors_in_one_line(), _progress() as progress:
         rows = comparisons.run(out, settings, text, _command(), workers, progress)
     console.print(Markdown(comparisons.markdown(rows)))

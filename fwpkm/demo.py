@@ -53,14 +53,14 @@ class DemoSettings:
         Questions(1 << 12, 64, 16),
         Questions(1 << 14, 32, 32),
         Questions(1 << 16, 16, 64),
-        Questions(1 << 17, 8, 128),
+        Questions(1 << 17, 16, 64),
         Questions(1 << 20, 1, 320),
     )
     overwritten: Questions = Questions(1 << 14, 32, 32)
     perplexity_bytes: int = 1 << 18
     examples: int = 6
     width: int = 96
-    n_subkeys: int = 128
+    n_subkeys: int = 256
     key_update: str = "train_only"
     write_scale: str = "exact"
     query_conv: int = 16
@@ -221,8 +221,7 @@ def _ask(
         progress(what, done, total)
 
     for name, model in models.items():
-        call = max(256, (1 << 15) // len(made) // 64 * 64)
-        yield name, ask(model, made, call, count)
+        yield name, ask(model, made, on_bytes=count)
 
 
 def _recall(

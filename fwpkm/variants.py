@@ -28,8 +28,10 @@ from fwpkm.demo import (
 from fwpkm.evaluation.recall import ask
 from fwpkm.files import write_atomically
 from fwpkm.memory import KEY_UPDATES, WRITE_SCALES
+from fwpkm.training.needles import NeedleTraining
 
 QUERY_CONVS = (0, 4, 8, 16)
+TRAINING = NeedleTraining(steps=200, batch=8)  # shorter than the demo's: there are twelve of them
 QUESTIONS = (Questions(1 << 10, 64, 7), Questions(1 << 14, 8, 32), Questions(1 << 17, 4, 64))
 
 Row = dict[str, Any]

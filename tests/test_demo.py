@@ -151,7 +151,7 @@ def test_recall_counts_digits_and_numbers(text):
     first, second = documents[0].answers[1], documents[1].answers[2]
     wrong = {(0, int(first[0])), (0, int(first[5])), (1, int(second[3]))}
     model = demo.new_model(TINY, memory=False)
-    for call in (64, 700):
+    for call in (64, 1400):
         recall = ask(Oracle(model, documents, wrong), documents, call)
         assert recall.right.sum() == 2 * 3 * 6 - 3
         summary = recall.summary()

@@ -58,6 +58,7 @@ def made_up_results(seed: int = 0, variants: bool = True) -> dict[str, Any]:
         return {
             "model": model,
             "length": length,
+            "needles": 8,
             "questions": 64,
             "exact": exact,
             "exact_lower95": max(0.0, exact - 0.06),
@@ -351,26 +352,27 @@ def test_page_and_markdown_show_the_numbers() -> None:
     assert section is not None
     lines = markdown_table(results).splitlines()
     table = [line.strip("| ").split(" | ") for line in lines]
-    assert {len(row) for row in table} == {11}
-    assert table[1] == ["---:"] * 11
+    assert {len(row) for row in table} == {12}
+    assert table[1] == ["---:"] * 12
     assert table[2:] == cells(section)
 
     entries = {(entry["model"], length_label(entry["length"])): entry for entry in results["recall"]}
     assert [row[0] for row in table[2:]] == ["1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M"]
     for row in table[2:]:
         ours, other = entries["memory", row[0]], entries["control", row[0]]
-        assert number(row[1]) == ours["questions"]
-        for cell, entry in ((row[2], ours), (row[4], other)):
+        assert number(row[1]) == ours["needles"]
+        assert number(row[2]) == ours["questions"]
+        for cell, entry in ((row[3], ours), (row[5], other)):
             exact, lower = cell.rstrip(")").split(" (≥ ")
             assert number(exact) == pytest.approx(entry["exact"], abs=0.0011)
             assert number(lower) == pytest.approx(entry["exact_lower95"], abs=0.0011)
-        assert number(row[3]) == pytest.approx(ours["digits"], abs=0.0011)
-        assert number(row[5]) == pytest.approx(other["digits"], abs=0.0011)
-        assert number(row[6]) == pytest.approx(ours["bytes_per_second"], abs=0.51)
-        assert number(row[7]) == pytest.approx(ours["peak_memory_mb"], abs=0.51)
-        assert number(row[8]) == pytest.approx(ours["load"]["writes_per_slot"], rel=0.01)
-        assert number(row[9]) == pytest.approx(ours["load"]["open_gate_writes_per_slot"], rel=0.01)
-        assert number(row[10]) == pytest.approx(ours["load"]["slots_touched"], abs=0.0011)
+        assert number(row[4]) == pytest.approx(ours["digits"], abs=0.0011)
+        assert number(row[6]) == pytest.approx(other["digits"], abs=0.0011)
+        assert number(row[7]) == pytest.approx(ours["bytes_per_second"], abs=0.51)
+        assert number(row[8]) == pytest.approx(ours["peak_memory_mb"], abs=0.51)
+        assert number(row[9]) == pytest.approx(ours["load"]["writes_per_slot"], rel=0.01)
+        assert number(row[10]) == pytest.approx(ours["load"]["open_gate_writes_per_slot"], rel=0.01)
+        assert number(row[11]) == pytest.approx(ours["load"]["slots_touched"], abs=0.0011)
 
     tiles = [[node.text for node in tile.all("h2", "dd") if node.text] for tile in root.one("header").all("dl")]
     shown = [

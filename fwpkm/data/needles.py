@@ -84,11 +84,11 @@ def document(text: Bytes, rng: Generator, length: int, needles: int, overwritten
 def batch(text: Bytes, rng: Generator, size: int, length: int, needles: int) -> tuple[Bytes, NDArray[np.bool_]]:
     """Training documents ``[size, length]``, some facts overwritten, and where their answers are.
 
-    A document draws half to all of ``needles`` facts.
+    A document has two thirds of ``needles`` facts to all of them.
     """
     tokens, is_answer = np.empty((size, length), np.uint8), np.zeros((size, length), bool)
     for row in range(size):
-        count = int(rng.integers((needles + 1) // 2, needles + 1))
+        count = int(rng.integers((2 * needles + 2) // 3, needles + 1))
         made = document(text, rng, length, count, overwritten=int(rng.integers(0, count // 3 + 1)))
         tokens[row] = made.tokens
         is_answer[row, made.answers.flatten()] = True

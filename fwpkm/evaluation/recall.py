@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fwpkm.data.needles import DIGITS, Document
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 DEPTH_BINS = 8
+SIDE_BY_SIDE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Recall:
         bins = np.minimum((depth * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
         return {
             "length": length,
+            "needles": self.answers.shape[1],
             "questions": exact.size,
             "exact": float(exact.mean()),
             "exact_lower95": lower_bound(int(exact.sum()), exact.size),
@@ -89,42 +92,51 @@ class Recall:
 def ask(
     model: FwPKMForCausalLM,
     documents: Sequence[Document],
-    call: int = 4096,
+    call: int = 1 << 15,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Recall:
-    """Stream documents of one length through ``model`` side by side, ``call`` bytes a call, and collect its answers.
+    """Stream documents of one length through ``model``, ``call`` bytes a call, and collect its answers.
 
-    ``on_bytes`` is told after each call how many bytes were read.
+    As many documents are read side by side as have :data:`SIDE_BY_SIDE` bytes together. ``on_bytes`` is told after each
+    call how many bytes were read.
     """
     model.eval()
-    tokens = torch.from_numpy(np.stack([d.tokens for d in documents]))
-    before_answers = torch.from_numpy(np.stack([d.answers for d in documents]) - 1).flatten(1)
-    given = torch.zeros_like(tokens)
-    gates, touched = [], None
-    cache = FwPKMCache(model.config)
+    group = max(1, SIDE_BY_SIDE // documents[0].tokens.size)
     start = time.perf_counter()
-    for first in range(0, tokens.shape[1], call):
-        piece = tokens[:, first : first + call].long()
-        result = model(piece, past_key_values=cache)
-        given[:, first : first + call] = result.logits.argmax(-1)
-        if result.gates:
-            gates.append(result.gates[0])
-            slots = result.slots[0].flatten(1)
-            if touched is None:
-                touched = torch.zeros(len(documents), model.config.fwpkm_n_subkeys**2, dtype=torch.bool)
-            touched.scatter_(1, slots, True)
-        on_bytes(piece.numel())
-    seconds = time.perf_counter() - start
-    answers = given.gather(1, before_answers).view(len(documents), -1, DIGITS)
+    streams = [_stream(model, documents[i : i + group], call, on_bytes) for i in range(0, len(documents), group)]
+    answers, gates, touched = (torch.cat(parts) for parts in zip(*streams, strict=True))
     return Recall(
         documents=documents,
         answers=answers.numpy(),
-        gates=torch.cat(gates, 1).numpy() if gates else None,
-        slots_touched=0.0 if touched is None else touched.float().mean().item(),
+        gates=gates.numpy() if gates.numel() else None,
+        slots_touched=touched.mean().item(),
         slots_a_token=model.config.fwpkm_heads * model.config.fwpkm_topk,
         n_slots=model.config.fwpkm_n_subkeys**2,
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
     )
+
+
+def _stream(
+    model: FwPKMForCausalLM, documents: Sequence[Document], call: int, on_bytes: Callable[[int], None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The answers ``[B, Q, 6]``, gates ``[B, T]`` (``[B, 0]`` without a memory) and share of slots touched ``[B]``."""
+    tokens = torch.from_numpy(np.stack([d.tokens for d in documents]))
+    batch = len(documents)
+    before_answers = torch.from_numpy(np.stack([d.answers for d in documents]) - 1).flatten(1)
+    given, gates = torch.zeros_like(tokens), [torch.empty(batch, 0)]
+    touched = torch.zeros(batch, model.config.fwpkm_n_subkeys**2, dtype=torch.bool)
+    cache = FwPKMCache(model.config)
+    width = max(1, call // batch)
+    for first in range(0, tokens.shape[1], width):
+        piece = tokens[:, first : first + width].long()
+        result = model(piece, past_key_values=cache)
+        given[:, first : first + width] = result.logits.argmax(-1)
+        if result.gates:
+            gates.append(result.gates[0])
+            touched.scatter_(1, result.slots[0].flatten(1), True)
+        on_bytes(piece.numel())
+    answers = given.gather(1, before_answers).view(batch, -1, DIGITS)
+    return answers, torch.cat(gates, 1), touched.float().mean(1)
 
 
 def lower_bound(right: int, asked: int) -> float:

@@ -7,7 +7,7 @@
     settings:    {name: number, str or list}
     parameters:  {memory, control}, how many
     training:    {memory, control}, each [{step, seconds, loss, answer_loss, digit_accuracy, gate or None}]
-    recall:      [{model, length, questions, exact, exact_lower95, digits, depths, seconds, bytes_per_second,
+    recall:      [{model, length, needles, questions, exact, exact_lower95, digits, depths, seconds, bytes_per_second,
                    peak_memory_mb, load or None}]
                  depths: [{from, to, questions, exact or None}], shares of the text from its start
                  load:   {writes_per_slot, open_gate_writes_per_slot, slots_touched}

@@ -7,7 +7,8 @@ from fwpkm.report.results import Results, recall_by_length, recall_lengths
 
 # What follows the length: a group of columns, and the column itself.
 COLUMNS = (
-    ("With memory", "Questions"),
+    ("Asked", "Facts a text"),
+    ("Asked", "Questions"),
     ("With memory", "Exact match (bound)"),
     ("With memory", "Digits"),
     ("Without memory", "Exact match (bound)"),
@@ -31,6 +32,7 @@ def recall_rows(results: Results) -> list[list[str]]:
         rows.append(
             [
                 length_label(length),
+                count(asked.get("needles")),
                 count(asked.get("questions")),
                 bounded(ours),
                 percent(asked.get("digits")),

@@ -26,14 +26,14 @@ class NeedleTraining:
         steps: optimizer steps; the learning rate warms up over the first twentieth and decays along a half cosine.
         batch: documents a step.
         length: bytes a document.
-        needles: facts a document, at most; each document draws half to all of this many.
+        needles: facts a document, at most; each document draws two thirds of it to all.
         learning_rate: peak of AdamW's.
         answer_weight: weight of the mean cross entropy of the answers' digits, beside that of all bytes.
         seed: draws the documents.
     """
 
-    steps: int = 300
-    batch: int = 8
+    steps: int = 250
+    batch: int = 16
     length: int = 1024
     needles: int = 10
     learning_rate: float = 3e-3

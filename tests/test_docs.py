@@ -1,0 +1,28 @@
+"""The figures in README and docs are those of the committed result files."""
+
+import json
+from pathlib import Path
+
+from fwpkm import variants
+from fwpkm.report import markdown_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_readme_table_is_the_committed_demo():
+    results = json.loads((RESULTS / "demo.json").read_text())
+    assert markdown_table(results).strip() in (ROOT / "README.md").read_text()
+
+
+def test_variants_table_is_the_committed_comparison():
+    rows = json.loads((RESULTS / "variants.json").read_text())["rows"]
+    assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
+
+
+def test_readme_examples_run():
+    text = (ROOT / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
