@@ -51,12 +51,12 @@ class DemoSettings:
     questions: tuple[Questions, ...] = (
         Questions(1 << 10, 144, 7),
         Questions(1 << 12, 64, 16),
-        Questions(1 << 14, 32, 32),
-        Questions(1 << 16, 16, 64),
-        Questions(1 << 17, 16, 64),
+        Questions(1 << 14, 16, 64),
+        Questions(1 << 16, 12, 84),
+        Questions(1 << 17, 12, 84),
         Questions(1 << 20, 1, 320),
     )
-    overwritten: Questions = Questions(1 << 14, 32, 32)
+    overwritten: Questions = Questions(1 << 14, 16, 32)
     perplexity_bytes: int = 1 << 18
     examples: int = 6
     width: int = 96
