@@ -200,7 +200,22 @@ class MemoryState:
         """
         require(self.memories == 1, "memories", self.memories, "1: a dense copy is made for one memory")
         state = self.detach()
-        return FastWeights(state.keys[0], state._dense_values())
+        return FastWeights(state.keys[0], state.dense_values())
+
+    def dense_values(self) -> Tensor:
+        """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy."""
+        shared = self.values.shape[0] == self.n_slots
+        values = self.values.repeat(self.memories, 1) if shared else self.values.clone()
+        if self.log is None:
+            return values
+        folded = dataclasses.replace(self, values=values)
+        memory = torch.arange(self.memories, device=values.device).view(-1, 1)
+        chunk_of_memory = self.log.chunks * self.memories + memory
+        counts = reads_of_slot(self.log.slots, chunk_of_memory, self.n_slots)
+        slots = folded.own_slots(self.log.slots).flatten(0, 1)
+        return memory_write_(
+            values, slots, (self.log.coefficients / counts).flatten(0, 1), self.log.residuals.flatten(0, 1)
+        )
 
     # What fast_weight_memory builds new states with.
 
@@ -230,23 +245,8 @@ class MemoryState:
         differentiable = any(x.requires_grad for x in (coefficients, residuals, log.residuals, self.values))
         dense_bytes = self.memories * self.n_slots * self.values[:1].nbytes
         if not differentiable and sum(x.nbytes for x in log) > dense_bytes:
-            return dataclasses.replace(state, values=state._dense_values(), log=None)
+            return dataclasses.replace(state, values=state.dense_values(), log=None)
         return state
-
-    def _dense_values(self) -> Tensor:
-        """Base values plus log, of every memory: ``[M * N, Dv]``, a copy."""
-        shared = self.values.shape[0] == self.n_slots
-        values = self.values.repeat(self.memories, 1) if shared else self.values.clone()
-        if self.log is None:
-            return values
-        folded = dataclasses.replace(self, values=values)
-        memory = torch.arange(self.memories, device=values.device).view(-1, 1)
-        chunk_of_memory = self.log.chunks * self.memories + memory
-        counts = reads_of_slot(self.log.slots, chunk_of_memory, self.n_slots)
-        slots = folded.own_slots(self.log.slots).flatten(0, 1)
-        return memory_write_(
-            values, slots, (self.log.coefficients / counts).flatten(0, 1), self.log.residuals.flatten(0, 1)
-        )
 
 
 def relative_write_scale(config: MemoryConfig, length: int) -> float:

@@ -76,7 +76,7 @@ def run(inputs: Inputs, config: MemoryConfig, cuts: list[int] | None = None, **o
 
 def dense(state: MemoryState) -> Tensor:
     """The values of all memories, ``[M, N, Dv]``."""
-    return state._dense_values().view(state.memories, state.n_slots, -1)
+    return state.dense_values().view(state.memories, state.n_slots, -1)
 
 
 @given(config=configs, seed=seeds, training=st.booleans(), partial=st.booleans(), **sizes)
