@@ -219,3 +219,42 @@ def test_float32_within_tolerance_of_float64(make):
     grads_want = torch.autograd.grad(sum(x.sin().sum() for x in floating(want)), wide)
     for a, b in zip(grads_have, grads_want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def write_arguments(tokens: int) -> tuple[Tensor, ...]:
+    draw = Draw(6, torch.float32)
+    slots = draw.integers(N, tokens, TOPK)
+    return draw.normal(N, DV), slots, draw.normal(tokens, TOPK), draw.normal(tokens, DV)
+
+
+@pytest.mark.parametrize("tokens", [P, 0])
+def test_write_opcheck(tokens):
+    values, *rest = write_arguments(tokens)
+    operator = torch.ops.fwpkm.memory_write_.default
+    torch.library.opcheck(operator, (values, *rest))
+    torch.library.opcheck(operator, (values, *map(strided, rest)))
+
+
+def test_write_in_a_graph_is_in_place():
+    """A compiled step that reads, writes and reads again changes the buffer itself, once for every length."""
+
+    def step(values, slots, coefficients, residuals):
+        before = ops.memory_read(values, slots, coefficients)
+        ops.memory_write_(values, slots, coefficients, residuals)
+        return before, ops.memory_read(values, slots, coefficients)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (4, 7, 5):
+        values, *rest = write_arguments(tokens)
+        buffer = values.clone()
+        have, want = compiled(buffer, *rest), step(values, *rest)
+        assert torch.equal(buffer, values)
+        for a, b in zip(have, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.unpoisoned
+def test_write_is_bitwise_deterministic():
+    values, *rest = write_arguments(64)
+    first = ops.memory_write_(values.clone(), *rest)
+    assert all(torch.equal(first, ops.memory_write_(values.clone(), *rest)) for _ in range(4))
