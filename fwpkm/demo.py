@@ -61,7 +61,7 @@ class DemoSettings:
     examples: int = 6
     width: int = 96
     n_subkeys: int = 256
-    key_update: str = "train_only"
+    key_update: str = "slow"
     write_scale: str = "exact"
     query_conv: int = 16
     gate_weight: float = 1.0

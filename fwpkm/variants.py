@@ -38,12 +38,16 @@ Row = dict[str, Any]
 
 
 def variants(settings: DemoSettings) -> list[DemoSettings]:
-    """Three key updates times three write scales, then the other widths of the query convolution."""
+    """Three key updates times three write scales, then the other widths of the query convolution.
+
+    The widths are compared with keys that do not learn: what differs is what the convolution does.
+    """
     grid = [
         dataclasses.replace(settings, key_update=key_update, write_scale=write_scale)
         for key_update in KEY_UPDATES
         for write_scale in WRITE_SCALES
     ]
+    settings = dataclasses.replace(settings, key_update="train_only")
     widths = [dataclasses.replace(settings, query_conv=width) for width in QUERY_CONVS]
     return grid + [variant for variant in widths if variant not in grid]
 
