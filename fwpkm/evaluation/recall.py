@@ -19,7 +19,7 @@ from fwpkm.data.needles import DIGITS, Document
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 DEPTH_BINS = 8
-SIDE_BY_SIDE = 1 << 19
+SIDE_BY_SIDE = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class NeedleTraining:
         seed: draws the documents.
     """
 
-    steps: int = 250
+    steps: int = 300
     batch: int = 16
     length: int = 1024
     needles: int = 10
