@@ -14,11 +14,13 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from fwpkm import demo as demos
 from fwpkm import variants as comparisons
-from fwpkm.report import markdown_table
+from fwpkm.report.results import Results
+from fwpkm.report.table import COLUMNS, recall_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast-weight Product Key Memory.")
 console = Console()
@@ -35,7 +37,7 @@ def demo(out: Out = Path("out/demo"), text: Text = None, steps: Steps = DEFAULT.
     settings = dataclasses.replace(DEFAULT, training=dataclasses.replace(DEFAULT.training, steps=steps))
     with _errors_in_one_line(), _progress() as progress:
         results = demos.run(out, settings, text, _command(), progress)
-    console.print(Markdown(markdown_table(results)))
+    console.print(_recall_table(results))
     console.print(f"Checkpoint: {out / 'checkpoint'}\nReport:     {out / 'index.html'}")
 
 
@@ -51,6 +53,16 @@ def variants(
     with _errors_in_one_line(), _progress() as progress:
         rows = comparisons.run(out, settings, text, _command(), workers, progress)
     console.print(Markdown(comparisons.markdown(rows)))
+
+
+def _recall_table(results: Results) -> Table:
+    """What fits a terminal of the page's table."""
+    table = Table("Text", "Facts", "Questions", "With memory", "Without", title="All six digits right")
+    for length, *cells in recall_rows(results):
+        row = dict(zip(COLUMNS, cells, strict=True))
+        exact = [row[model, "Exact match (bound)"] for model in ("With memory", "Without memory")]
+        table.add_row(length, row["Asked", "Facts a text"], row["Asked", "Questions"], *exact)
+    return table
 
 
 def _command() -> str:
