@@ -13,6 +13,7 @@ def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """``out[p] = sum_j weights[p, j] * table[index[p, j]]``: ``[R, D]``, twice ``[P, K]`` -> ``[P, D]``."""
     if index.numel() == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
+    index, weights = index.contiguous(), weights.contiguous()
     return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
 
 
@@ -21,6 +22,7 @@ def row_products(table: Tensor, index: Tensor, vectors: Tensor, sources: Tensor)
     if index.numel() == 0:
         return table.new_zeros(index.shape)
     # the offsets are not looked at in mode 0 (sum): every entry names its vector
+    index, vectors = index.contiguous(), vectors.contiguous()
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(vectors, table, index, sources[:1], sources, 0)
 
 

@@ -98,6 +98,21 @@ def floating(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x for x in outputs if x.is_floating_point())
 
 
+def test_one_token_and_one_slot():
+    """Views of one element have strides that kernels may take for gaps."""
+    for seed in range(3):
+        draw = Draw(seed)
+        floats = {
+            "values": draw.normal(N, DV),
+            "weights": draw.normal(M, S, 1, 1),
+            "coefficients": draw.normal(M, S, 1, 1),
+            "targets": draw.normal(M, S, 1, DV),
+            "gates": draw.uniform(M, S, 1),
+        }
+        case = Case(ops.memory_scan, floats, {"slots": draw.integers(2, M, S, 1, 1)})
+        assert torch.autograd.gradcheck(case, with_gradient(case))
+
+
 @every_operator
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_by_finite_differences(make, seed):
