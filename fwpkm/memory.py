@@ -97,10 +97,6 @@ class FastWeights:
         require_shape("values", self.values, (keys.shape[3] ** 2, "Dv"))
         require_dtype("values", self.values, keys.dtype)
 
-    @property
-    def n_subkeys(self) -> int:
-        return self.keys.shape[-2]
-
 
 class OpenChunk(NamedTuple):
     """The tokens of the chunk that has not been committed: ``P`` so far, in ``M`` memories."""
