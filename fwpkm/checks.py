@@ -46,3 +46,9 @@ def require_slots(argument: str, slots: Tensor, n_slots: int) -> None:
     if slots.numel():
         low, high = (int(bound) for bound in slots.aminmax())
         require(low >= 0 and high < n_slots, argument, f"in [{low}, {high}]", "slots in [0, {})", n_slots)
+
+
+def require_no_nan(argument: str, tensor: Tensor) -> None:
+    """Refuse NaN, on the CPU; never called where it would wait for a GPU."""
+    if not torch.isfinite(tensor.sum()) and bool(tensor.isnan().any()):
+        raise ValueError(f"{argument} holds NaN; expected numbers")

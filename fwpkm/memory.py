@@ -1,80 +1,22 @@
-"""What a memory is: its configuration, a starting point, the write log, and the state of memories at work."""
+"""What a memory is: a starting point, and the state of memories at work."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
-from fwpkm.ops import Log, key_commit, memory_write_
-
-WRITE_SCALES = ("reference", "paper", "exact")
-NONLINEARITIES = ("softmax", "relu", "silu")
-KEY_UPDATES = ("fast", "train_only", "slow")
-SCOPES = ("sequence", "shared")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """How a memory addresses, reads and writes (the numbers refer to section 2 of docs/design.md).
-
-    Args:
-        topk: ``k``, slots a head (2).
-        chunk_size: ``C``, tokens that read one version of the memory; it commits at their end.
-        lookahead: ``L``, token ``t`` stores the target of token ``t + L`` (5).
-        learning_rate: of both commits (6, 7).
-        write_scale: ``"reference"``, ``H k C / (C - L)``, is what the released code trains with, and overshoots where
-            ``learning_rate * gate * scale * sum(w^2) / N_s > 2``; ``"paper"`` is 1, equations 13 to 15; ``"exact"`` is
-            ``1 / sum(w^2)``, with which a lone write at gate and rate 1 makes the next read return its target (6).
-        score: ``"idw"``, inverse distance weighting, or ``"dot"`` (1).
-        score_eps: of the inverse distance weighting.
-        temperature: the scores are divided by it before the nonlinearity (3).
-        nonlinearity: ``"softmax"`` over all ``H * k`` scores of a token, or ``"relu"`` or ``"silu"`` of each (3).
-        addressing_weight: lambda, weight of the addressing loss in the key commit (7).
-        key_update: ``"fast"``: keys commit after every chunk, as in the paper; ``"train_only"``: only in calls with
-            ``training=True``; ``"slow"``: never, keys are parameters of the model.
-        scope: ``"sequence"``: every sequence has its own memory; ``"shared"``: the batch writes to one.
-        detach_every: cut the gradient through keys (but not ``"slow"`` ones) and values before every so many chunks;
-            None for never.
-    """
-
-    topk: int = 8
-    chunk_size: int = 512
-    lookahead: int = 1
-    learning_rate: float = 1.0
-    write_scale: str = "reference"
-    score: str = "idw"
-    score_eps: float = 1e-3
-    temperature: float = 1.0
-    nonlinearity: str = "softmax"
-    addressing_weight: float = 1.0
-    key_update: str = "fast"
-    scope: str = "sequence"
-    detach_every: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, low in (("topk", 1), ("chunk_size", 1), ("lookahead", 0)):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= low, name, value, "an integer >= {}", low)
-        for name in ("learning_rate", "addressing_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        for name in ("score_eps", "temperature"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
-        choices = {
-            "write_scale": WRITE_SCALES,
-            "score": ("idw", "dot"),
-            "nonlinearity": NONLINEARITIES,
-            "key_update": KEY_UPDATES,
-            "scope": SCOPES,
-        }
-        for name, allowed in choices.items():
-            require_choice(name, getattr(self, name), allowed)
-        every = self.detach_every
-        require(every is None or every >= 1, "detach_every", every, "None or an integer >= 1")
+from fwpkm.appendable import Appendable
+from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.config import MemoryConfig
+from fwpkm.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
+from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
+from fwpkm.write_log import WriteLog
 
 
 @dataclass(frozen=True)
@@ -91,32 +33,16 @@ class FastWeights:
     values: Tensor
 
     def __post_init__(self) -> None:
-        keys = self.keys if self.keys.dim() == 5 else self.keys.unsqueeze(0)
+        keys = self.all_keys
         require_shape("keys", keys, ("M", "H", 2, "n", "Dk/2"))
         require_fast_weight_dtype("keys", keys)
         require_shape("values", self.values, (keys.shape[3] ** 2, "Dv"))
         require_dtype("values", self.values, keys.dtype)
 
-
-class OpenChunk(NamedTuple):
-    """The tokens of the chunk that has not been committed: ``P`` so far, in ``M`` memories."""
-
-    slots: Tensor  # [M, P, K]
-    coefficients: Tensor  # [M, P, K] learning rate * write scale * weight, for a chunk of full length
-    residuals: Tensor  # [M, <= P, Dv] of the tokens whose target is known
-    waiting_reads: Tensor  # [M, <= L, Dv] reads of the last tokens, whose target is still to come
-    waiting_gates: Tensor  # [M, <= L]
-    sub_scores: Tensor  # [M, P, H, 2, k]
-    sub_slots: Tensor  # [M, P, H, 2, k]
-    queries: Tensor | None  # [M, P, H, Dk], kept if the keys commit with this chunk
-
     @property
-    def tokens(self) -> int:
-        return self.slots.shape[1]
-
-    def detach(self) -> OpenChunk:
-        """The same, cut from the graph that computed it."""
-        return OpenChunk(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+    def all_keys(self) -> Tensor:
+        """The keys with the memories' dimension, ``[M or 1, H, 2, n, Dk/2]``."""
+        return self.keys if self.keys.dim() == 5 else self.keys.unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -126,28 +52,38 @@ class MemoryState:
     In the ``sequence`` scope memory ``m`` belongs to row ``m`` of the batch. In the ``shared`` scope there is one, a
     chunk is ``C`` columns of the batch, and its tokens are numbered column by column.
 
+    Counts are integers while all memories are equally far, and tensors ``[M]`` once a mask or a reset has let them
+    differ; the records of memory ``m`` are then the first ``filled[m]`` of its row, and what is kept of the open chunk
+    stands at the end of a row of ``C - 1`` tokens.
+
     Attributes:
         config: how these memories read and write.
-        keys: ``[M or 1, H, 2, n, Dk/2]``.
-        values: the base values ``[N, Dv]``, a reference to the starting point's; or ``[M * N, Dv]``, the memories'
-            own, once their log had outgrown that (DESIGN section 3).
-        log: the records of committed chunks, or None.
-        open: the open chunk, or None.
-        position: tokens (columns) read so far.
+        base: the starting point, a reference.
+        keys: ``[M or 1, H, 2, n, Dk/2]``, as they are now.
+        own_values: the memories' own values ``[M * N, Dv]`` once their log had outgrown that, or None: the base's.
+        log: the records since the start (or since they were folded into ``own_values``), or None.
+        open: of the open chunk's tokens ``sub_scores, sub_slots [M, P, H, 2, k]`` and, if their keys will commit,
+            ``queries [M, P, H, Dk]``; or None.
+        waiting: ``[M, <= L, Dv]`` reads of the open chunk's last tokens, whose target is still to come.
+        position: tokens (columns) of the current sequence read so far.
         origin: where chunk boundaries count from; 0 until the first early flush.
-        commits: chunks committed so far.
+        commits: chunks of the current sequence committed so far.
+        committed: records in the log of committed chunks.
         memories: ``M``.
         columns: rows of the batch that share a memory: 1, or ``B`` in the ``shared`` scope.
     """
 
     config: MemoryConfig
+    base: FastWeights
     keys: Tensor
-    values: Tensor
-    log: Log | None = None
-    open: OpenChunk | None = None
-    position: int = 0
-    origin: int = 0
-    commits: int = 0
+    own_values: Tensor | None = None
+    log: WriteLog | None = None
+    open: Appendable | None = None
+    waiting: Tensor | None = None
+    position: int | Tensor = 0
+    origin: int | Tensor = 0
+    commits: int | Tensor = 0
+    committed: int | Tensor = 0
     memories: int = 1
     columns: int = 1
 
@@ -155,37 +91,98 @@ class MemoryState:
     def start(cls, weights: FastWeights, config: MemoryConfig, batch: int) -> MemoryState:
         """The state of ``batch`` sequences that have read nothing."""
         memories, columns = (1, batch) if config.scope == "shared" else (batch, 1)
-        keys = weights.keys if weights.keys.dim() == 5 else weights.keys.unsqueeze(0)
+        keys = weights.all_keys
         require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], "1 or {}, the memories", memories)
-        return cls(config, keys, weights.values, memories=memories, columns=columns)
+        return cls(config, weights, keys, memories=memories, columns=columns)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch that this state belongs to."""
+        return self.memories * self.columns
 
     @property
     def n_slots(self) -> int:
         return self.keys.shape[3] ** 2
 
+    @property
+    def values(self) -> Tensor:
+        """What the log adds to: the base values ``[N, Dv]``, or the memories' own ``[M * N, Dv]``."""
+        return self.base.values if self.own_values is None else self.own_values
+
+    @property
+    def open_tokens(self) -> int | Tensor:
+        """Tokens (columns) of the open chunk."""
+        return (self.position - self.origin) % self.config.chunk_size
+
+    @property
+    def filled(self) -> int | Tensor:
+        """Records of each memory in the log."""
+        return self.committed + self.open_tokens * self.columns
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the memories may be differently far."""
+        return isinstance(self.position, Tensor)
+
     def own_slots(self, slots: Tensor) -> Tensor:
-        """Slots ``[M, ...]`` as rows of ``values``, of which each memory has its own once they are folded."""
-        if self.values.shape[0] == self.n_slots:
+        """Slots ``[M, ...]`` as rows of :attr:`values`."""
+        if self.own_values is None:
             return slots
         offset = torch.arange(self.memories, device=slots.device) * self.n_slots
         return slots + offset.view(-1, *(1,) * (slots.dim() - 1))
 
-    def own_log(self) -> Log | None:
-        """The log with :meth:`own_slots`."""
-        return None if self.log is None else self.log._replace(slots=self.own_slots(self.log.slots))
+    def committed_log(self) -> Log | None:
+        """The records that have taken effect, with slots as rows of :attr:`values`."""
+        if self.log is None:
+            return None
+        log = self.log.first(self.per_memory(self.committed))
+        # a slot of -1 stays one
+        return log if self.own_values is None else log._replace(slots=_where_read(log.slots, self.own_slots(log.slots)))
 
-    def flush(self) -> MemoryState:
-        """Commit the open chunk now, with its own length as ``C``; chunk boundaries then count from here."""
-        return self if self.open is None else dataclasses.replace(self.commit_open(), origin=self.position)
+    def per_memory(self, count: int | Tensor) -> Tensor:
+        """A count as a tensor ``[M]``."""
+        if isinstance(count, Tensor):
+            return count
+        return torch.full((self.memories,), count, device=self.keys.device)
+
+    # What users do with a state
+
+    def fork(self) -> MemoryState:
+        """A state with the same contents; whichever of the two goes on first, neither sees the other."""
+        return dataclasses.replace(self)
 
     def detach(self) -> MemoryState:
         """The same state, cut from the graph that computed it."""
         return dataclasses.replace(
             self,
+            base=FastWeights(self.base.keys.detach(), self.base.values.detach()),
             keys=self.keys.detach(),
-            values=self.values.detach(),
-            log=None if self.log is None else Log(*(x.detach() for x in self.log)),
+            log=None if self.log is None else self.log.detach(),
             open=None if self.open is None else self.open.detach(),
+            waiting=None if self.waiting is None else self.waiting.detach(),
+        )
+
+    def flush(self) -> MemoryState:
+        """Commit the open chunk now, with its own length as ``C``; chunk boundaries then count from here."""
+        if self.open is None:
+            return self
+        assert self.log is not None
+        tokens = self.per_memory(self.open_tokens)
+        keys = self.keys
+        if len(self.open.tensors) == 3:
+            sub_scores, sub_slots, queries = self.open.columns()
+            mask = self.open_mask() if self.ragged or self.config.scope == "shared" else None
+            rate = self.config.learning_rate * self.config.addressing_weight
+            keys = key_commit(queries, keys, sub_scores, sub_slots, mask, rate, self.config.score)
+        return dataclasses.replace(
+            self,
+            keys=keys,
+            log=self.log.scale(self.per_memory(self.committed), relative_write_scale(self.config, tokens)),
+            open=None,
+            waiting=None,
+            origin=self.position,
+            commits=self.commits + (self.open_tokens > 0),
+            committed=self.filled,
         )
 
     def fold(self) -> FastWeights:
@@ -200,66 +197,201 @@ class MemoryState:
 
     def dense_values(self) -> Tensor:
         """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy."""
-        shared = self.values.shape[0] == self.n_slots
-        values = self.values.repeat(self.memories, 1) if shared else self.values.clone()
+        values = self.values.repeat(self.memories, 1) if self.own_values is None else self.own_values.clone()
         if self.log is None:
             return values
-        folded = dataclasses.replace(self, values=values)
-        memory = torch.arange(self.memories, device=values.device).view(-1, 1)
-        chunk_of_memory = self.log.chunks * self.memories + memory
-        counts = reads_of_slot(self.log.slots, chunk_of_memory, self.n_slots)
-        slots = folded.own_slots(self.log.slots).flatten(0, 1)
-        return memory_write_(
-            values, slots, (self.log.coefficients / counts).flatten(0, 1), self.log.residuals.flatten(0, 1)
+        memory = torch.arange(self.memories, device=values.device).unsqueeze(1)
+        index = torch.arange(self.log.slots.shape[1], device=values.device)
+        lengths = self.per_memory(self.committed).unsqueeze(1)
+        counts_in = (index < lengths).unsqueeze(-1) & (self.log.slots >= 0)
+        slots = torch.where(counts_in, self.log.slots, 0)
+        # entries that do not count are a chunk of their own, and write nothing
+        chunk = torch.where(counts_in, self.log.chunks.unsqueeze(-1), -1) * self.memories + memory.unsqueeze(-1)
+        counts = reads_of_slot(slots.flatten(1).unsqueeze(-1), chunk.flatten(1), self.n_slots).view(slots.shape)
+        ahead = self.log.lookahead
+        carrier = (index + ahead).clamp_max(index.numel() - 1)
+        writes = (index + ahead < lengths) & (self.log.chunks[:, carrier] == self.log.chunks)
+        coefficients = torch.where(counts_in & writes.unsqueeze(-1), self.log.coefficients / counts, 0.0)
+        residuals = torch.where(writes.unsqueeze(-1), self.log.residuals[:, carrier].to(values.dtype), 0.0)
+        slots = slots + (memory * self.n_slots).unsqueeze(-1)
+        return memory_write_(values, slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1))
+
+    def select(self, indices: Tensor | Sequence[int]) -> MemoryState:
+        """The memories ``indices`` (of the ``sequence`` scope; repeated ones as often as named), as a beam search does.
+
+        Raises:
+            ValueError: in the ``shared`` scope, or for an index out of range.
+        """
+        require(self.config.scope == "sequence", "config.scope", self.config.scope, "'sequence': rows with memories")
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.keys.device)
+        require_shape("indices", index, ("M",))
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(x) for x in index.aminmax())
+            fits = low >= 0 and high < self.memories
+            require(fits, "indices", index.tolist(), "memories in [0, {})", self.memories)
+
+        def rows(x: int | Tensor) -> int | Tensor:
+            return x[index] if isinstance(x, Tensor) else x
+
+        own = self.own_values
+        return dataclasses.replace(
+            self,
+            keys=self.keys if self.keys.shape[0] == 1 else self.keys[index],
+            base=self.base
+            if self.base.all_keys.shape[0] == 1
+            else FastWeights(self.base.keys[index], self.base.values),
+            own_values=None if own is None else own.unflatten(0, (self.memories, -1))[index].flatten(0, 1),
+            log=None if self.log is None else dataclasses.replace(self.log, records=self.log.records.select(index)),
+            open=None if self.open is None else self.open.select(index),
+            waiting=None if self.waiting is None else self.waiting[index],
+            position=rows(self.position),
+            origin=rows(self.origin),
+            commits=rows(self.commits),
+            committed=rows(self.committed),
+            memories=index.numel(),
         )
 
-    # What fast_weight_memory builds new states with.
+    def crop(self, tokens: int) -> MemoryState:
+        """The state without its last ``tokens`` tokens (columns), which have to be of the open chunk.
 
-    def commit_open(self) -> MemoryState:
-        """Close the open chunk, with its own length as ``C``."""
-        chunk, config = self.open, self.config
-        assert chunk is not None
-        keys = self.keys
-        if chunk.queries is not None:
-            rate = config.learning_rate * config.addressing_weight
-            keys = key_commit(chunk.queries, keys, chunk.sub_scores, chunk.sub_slots, None, rate, config.score)
-        length = chunk.tokens // self.columns
-        coefficients = chunk.coefficients * relative_write_scale(config, length)
-        missing = chunk.tokens - chunk.residuals.shape[1]
-        residuals = torch.nn.functional.pad(chunk.residuals, (0, 0, 0, missing))
-        state = self.append(chunk.slots, coefficients, residuals, n_chunks=1)
-        return dataclasses.replace(state, keys=keys, open=None)
+        Raises:
+            ValueError: if they are not: what a chunk has committed is not taken back.
+        """
+        open_tokens = self.open_tokens
+        least = int(open_tokens.min()) if isinstance(open_tokens, Tensor) else open_tokens
+        require(0 <= tokens <= least, "tokens", tokens, "at most the {} tokens of the open chunk", least)
+        if tokens == 0 or self.log is None or self.open is None:
+            return self
+        dropped = tokens * self.columns
+        if self.ragged:
+            window = [pad(x[:, :-dropped], (0, 0) * (x.dim() - 2) + (dropped, 0)) for x in self.open.columns()]
+            left: Appendable | None = Appendable.of(window)
+        else:
+            left = self.open.drop(dropped) if tokens < least else None
+        kept = dataclasses.replace(
+            self,
+            position=self.position - tokens,
+            log=dataclasses.replace(self.log, records=self.log.records.drop(dropped)),
+            open=left,
+        )
+        return dataclasses.replace(kept, waiting=kept._read_again() if left else None)
 
-    def append(self, slots: Tensor, coefficients: Tensor, residuals: Tensor, n_chunks: int) -> MemoryState:
-        """Add the records of ``n_chunks`` equally long chunks, ``[M, R, ...]``, to the log."""
-        chunks = torch.arange(self.commits, self.commits + n_chunks, device=slots.device)
-        chunks = chunks.repeat_interleave(slots.shape[1] // n_chunks).expand(self.memories, -1)
-        log = Log(slots, coefficients, residuals, chunks)
-        if self.log is not None:
-            log = Log(*(torch.cat(pair, dim=1) for pair in zip(self.log, log, strict=True)))
-        state = dataclasses.replace(self, log=log, commits=self.commits + n_chunks)
-        differentiable = any(x.requires_grad for x in (coefficients, residuals, log.residuals, self.values))
+    def _read_again(self) -> Tensor:
+        """:attr:`waiting`, from the log: what the open chunk's last tokens read."""
+        assert self.log is not None
+        lookahead = self.config.lookahead * self.columns
+        is_open = self.filled - self.committed
+        width = lookahead if isinstance(is_open, Tensor) else min(lookahead, is_open)
+        slots, coefficients = self.last_records(width)[:2]
+        shape = (self.memories, 1, width)
+        slots = slots.clamp_min(0)
+        zeros = self.values.new_zeros(1).expand(*shape, self.values.shape[1])
+        weights = weights_of(coefficients, self.config)
+        inputs = (self.own_slots(slots).unsqueeze(1), weights.unsqueeze(1), weights.unsqueeze(1))
+        return memory_scan(self.values, *inputs, zeros, zeros[..., 0], self.committed_log()).squeeze(1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file: whole, or not at all. The base values are not in it."""
+        from fwpkm.state_file import save_state  # a file format is built on what it holds
+
+        save_state(self, path)
+
+    @staticmethod
+    def load(path: str | Path, base: FastWeights) -> MemoryState:
+        """Read a state that was saved, of memories that started from ``base``.
+
+        Raises:
+            ValueError: if the file is no state, is damaged, of another version, or of memories with another base.
+        """
+        from fwpkm.state_file import load_state
+
+        return load_state(path, base)
+
+    # What reading builds new states with
+
+    def record(self, records: Sequence[Tensor], training: bool) -> MemoryState:
+        """Add records, with the fields of :class:`fwpkm.write_log.WriteLog`, to the log; the counts stay as they are.
+
+        In a ragged state they stand from :attr:`filled` on, over whatever is there.
+        """
+        slots, coefficients, residuals, *others = records
+        residuals = residuals.to(residual_dtype(self.config, training) or residuals.dtype)
+        records = (slots, coefficients, residuals, *others)
+        if self.log is None:
+            log = WriteLog(Appendable.of(records), self.config.lookahead * self.columns)
+        else:
+            log = self.log.with_residuals_in(torch.promote_types(self.log.residuals.dtype, residuals.dtype))
+            old = log.records
+            appended = old.insert(records, self.filled) if isinstance(self.filled, Tensor) else old.append(records)
+            log = dataclasses.replace(log, records=appended)
+        return dataclasses.replace(self, log=log)
+
+    def last_records(self, width: int) -> list[Tensor]:
+        """The log's fields ``[M, width, ...]`` of each memory's last records: zeros before the open chunk's first."""
+        assert self.log is not None
+        records = self.log.records
+        if not isinstance(self.filled, Tensor):
+            return [x[:, self.filled - width : self.filled] for x in records.tensors]
+        index = self.filled.unsqueeze(1) + torch.arange(-width, 0, device=self.keys.device)
+        is_open = index >= self.per_memory(self.committed).unsqueeze(1)
+        rows = torch.arange(self.memories, device=self.keys.device).unsqueeze(1)
+        found = [x[rows, index.clamp_min(0)] for x in records.tensors]
+        return [torch.where(is_open.view(*is_open.shape, *(1,) * (x.dim() - 2)), x, 0) for x in found]
+
+    def open_mask(self) -> Tensor:
+        """Which of the tokens in :attr:`open` are tokens of the open chunk, and not masked, ``[M, P]``."""
+        if not self.ragged:
+            width = self.filled - self.committed
+            assert isinstance(width, int)
+            return self.last_records(width)[0][..., 0] >= 0
+        kept = self.config.chunk_size - 1
+        return torch.arange(-kept, 0, device=self.keys.device) >= -self.per_memory(self.open_tokens).unsqueeze(1)
+
+    def as_ragged(self) -> MemoryState:
+        """The same state with a count of its own for each memory."""
+        if self.ragged:
+            return self
+        kept = self.config.chunk_size - 1
+        window, waiting = self.open, self.waiting
+        if window is not None:
+            columns = window.columns()
+            window = Appendable.of([pad(x, (0, 0) * (x.dim() - 2) + (kept - x.shape[1], 0)) for x in columns])
+        if waiting is not None:
+            waiting = pad(waiting, (0, 0, self.config.lookahead - waiting.shape[1], 0))
+        counts = {name: self.per_memory(getattr(self, name)) for name in COUNTS}
+        return dataclasses.replace(self, open=window, waiting=waiting, **counts)  # type: ignore[arg-type]
+
+    def folded(self) -> MemoryState:
+        """The same state; a log larger than dense values of all memories (and out of graphs) is folded into them.
+
+        It looks at sizes only. The open chunk's records stay.
+        """
         dense_bytes = self.memories * self.n_slots * self.values[:1].nbytes
-        if not differentiable and sum(x.nbytes for x in log) > dense_bytes:
-            return dataclasses.replace(state, values=state.dense_values(), log=None)
-        return state
+        if self.log is None or self.log.nbytes <= dense_bytes:
+            return self
+        if self.values.requires_grad or self.log.coefficients.requires_grad or self.log.residuals.requires_grad:
+            return self
+        if self.ragged:
+            kept = self.config.chunk_size - 1
+            records = self.last_records(kept)
+            # left-aligned, as records stand
+            shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)
+            index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(max(kept - 1, 0))
+            records = [x[torch.arange(self.memories, device=x.device).unsqueeze(1), index] for x in records]
+        else:
+            width = self.filled - self.committed
+            assert isinstance(width, int)
+            records = [x.clone() for x in self.last_records(width)]
+        return dataclasses.replace(
+            self,
+            own_values=self.dense_values(),
+            log=dataclasses.replace(self.log, records=Appendable.of(records)),
+            committed=self.committed * 0,
+        )
 
 
-def relative_write_scale(config: MemoryConfig, length: int) -> float:
-    """Write scale of a chunk of ``length`` tokens over that of a full one; 0 if it is too short for targets (2.8)."""
-    full, lookahead = config.chunk_size, config.lookahead
-    if length <= lookahead:
-        return 0.0
-    if length == full or config.write_scale != "reference":
-        return 1.0
-    return (length / (length - lookahead)) * ((full - lookahead) / full)
+COUNTS = ("position", "origin", "commits", "committed")
 
 
-def reads_of_slot(slots: Tensor, chunks: Tensor, n_slots: int) -> Tensor:
-    """``N_s``: for each entry of ``slots [..., K]``, how many entries of the same chunk have the same slot (2.6).
-
-    ``chunks [...]`` numbers the chunk (of a memory) that a token belongs to. Static shapes, no host sync.
-    """
-    entries = (slots + chunks.unsqueeze(-1) * n_slots).flatten()
-    ordered = entries.sort().values
-    return torch.searchsorted(ordered, entries, right=True).sub_(torch.searchsorted(ordered, entries)).view(slots.shape)
+def _where_read(slots: Tensor, own: Tensor) -> Tensor:
+    return torch.where(slots < 0, slots, own)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
-from fwpkm.memory import reads_of_slot, relative_write_scale
+from fwpkm.formulas import reads_of_slot, relative_write_scale
 from tests.draws import Draw
 
 QUERY, TARGET, GATE = torch.randn(2, 6, 1, 4), torch.randn(2, 6, 3), torch.rand(2, 6)
@@ -105,7 +105,7 @@ def test_memories_can_start_from_keys_of_their_own():
 
 def test_state_counts_positions_and_commits():
     state = fast_weight_memory(QUERY, TARGET, GATE, START, CONFIG).state
-    assert (state.position, state.origin, state.commits, state.open.tokens) == (6, 0, 1, 2)
+    assert (state.position, state.origin, state.commits, state.open_tokens) == (6, 0, 1, 2)
     flushed = state.flush()
     assert (flushed.position, flushed.origin, flushed.commits, flushed.open) == (6, 6, 2, None)
     assert flushed.flush() is flushed
@@ -114,7 +114,7 @@ def test_state_counts_positions_and_commits():
 
 def test_the_base_is_referred_to_not_copied():
     state = fast_weight_memory(QUERY, TARGET, GATE, START, CONFIG).state
-    assert state.values.data_ptr() == START.values.data_ptr()
+    assert state.base.values.data_ptr() == START.values.data_ptr()
 
 
 def test_a_chunk_no_longer_than_the_lookahead_stores_nothing_but_moves_keys():
@@ -126,10 +126,9 @@ def test_a_chunk_no_longer_than_the_lookahead_stores_nothing_but_moves_keys():
 
 def test_relative_write_scale():
     config = MemoryConfig(chunk_size=8, lookahead=2)
-    assert relative_write_scale(config, 8) == 1
-    assert relative_write_scale(config, 4) == pytest.approx((4 / 2) / (8 / 6))
-    assert relative_write_scale(config, 2) == 0
-    assert relative_write_scale(dataclasses.replace(config, write_scale="paper"), 4) == 1
+    scale = relative_write_scale(config, torch.tensor([8, 4, 2]))
+    assert scale.tolist() == pytest.approx([1, (4 / 2) / (8 / 6), 0])
+    assert relative_write_scale(dataclasses.replace(config, write_scale="paper"), torch.tensor([4])) == 1
 
 
 def test_reads_of_slot():

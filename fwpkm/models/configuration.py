@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from fwpkm.checks import require, require_choice
+from fwpkm.config import MemoryConfig
 from fwpkm.layers.mixers import WINDOWED
-from fwpkm.memory import MemoryConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -28,7 +28,7 @@ class FwPKMConfig(PreTrainedConfig):
         sliding_window: tokens that a sliding-window block sees, the current one included.
         fwpkm_layers: blocks with a memory before their attention.
         fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in
-        :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_detach_every: as in :class:`fwpkm.MemoryConfig`.
+        :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_log_dtype: as in :class:`fwpkm.MemoryConfig`.
         fwpkm_gate_weight: weight of the mean gate in the loss, what an open gate costs; 0 for none, as in the paper.
     """
 
@@ -76,6 +76,7 @@ class FwPKMConfig(PreTrainedConfig):
     fwpkm_key_update: str = "fast"
     fwpkm_scope: str = "sequence"
     fwpkm_detach_every: int | None = None
+    fwpkm_log_dtype: str = "float32"
     fwpkm_gate_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:

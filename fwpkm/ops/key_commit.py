@@ -77,7 +77,7 @@ def _addressing_loss(sub_scores: Tensor, sub_slots: Tensor, mask: Tensor | None,
     if mask is None:
         pairs = probabilities.new_full((memories,), tokens * heads)
     else:
-        probabilities = probabilities * mask[:, :, None, None, None]
+        probabilities = torch.where(mask[:, :, None, None, None], probabilities, 0.0)
         pairs = mask.sum(1).to(probabilities.dtype) * heads
     pairs = pairs.clamp_min(1)  # no token: no usage, no step
     usage = mean_usage(probabilities, sub_slots, pairs, n)
@@ -110,6 +110,8 @@ def _cpu(
 ) -> Tensor:
     memories, n = query.shape[0], keys.shape[3]
     start = keys.expand(memories, *keys.shape[1:])
+    if mask is not None and not mask.any():
+        return start.clone(memory_format=torch.contiguous_format)
     loss = _addressing_loss(sub_scores, sub_slots, mask, n)
     dense = _dense(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
     step = torch.bmm(dense.mT, by_codebook(query, False)).view(start.shape)

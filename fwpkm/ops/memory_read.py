@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape, require_slots
+from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
 
@@ -37,6 +37,7 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 def _cpu(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     require_slots("slots", slots, values.shape[0])
+    require_no_nan("weights", weights)
     fanout = slots.shape[-1]
     out = weighted_sum(values.contiguous(), slots.reshape(-1, fanout), weights.reshape(-1, fanout))
     return out.view(*slots.shape[:-1], values.shape[1])

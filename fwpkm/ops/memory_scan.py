@@ -5,22 +5,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require_dtype, require_fast_weight_dtype, require_shape, require_slots
+from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
 
 
 class Log(NamedTuple):
-    """What was written before the scan: one record a token, all of committed chunks.
+    """What was written before the scan: records of tokens in their order, of which the first ``lengths`` count.
 
-    ``coefficients`` are those before the division by ``N_s``, the reads of a slot within its chunk, which is derived
-    from the records: they are a function of the past of their token only.
+    A record is a function of its token's past only (DESIGN section 3): it holds its token's slots and its coefficients
+    *before* the division by ``N_s``, the reads of a slot within a chunk, which is derived from the records; and the
+    residual of the token ``lookahead`` records earlier, which that token's target was needed for. A token writes if
+    the record with its residual counts and belongs to the same chunk.
     """
 
-    slots: Tensor  # [M, R, K] int64
+    slots: Tensor  # [M, R, K] int64; -1: a read that does not exist
     coefficients: Tensor  # [M, R, K]
-    residuals: Tensor  # [M, R, Dv]
+    residuals: Tensor  # [M, R, Dv], dtype of the values or bfloat16
     chunks: Tensor  # [M, R] int64, the number of the chunk that a record belongs to
+    lengths: Tensor  # [M] int64
+    lookahead: int
 
 
 def memory_scan(
@@ -31,6 +35,9 @@ def memory_scan(
     targets: Tensor,
     gates: Tensor,
     log: Log | None = None,
+    sequences: Tensor | None = None,
+    cut: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Read and write ``S`` chunks of ``P`` tokens in ``M`` memories that start from the same values.
 
@@ -46,65 +53,101 @@ def memory_scan(
         targets: ``[M, S, P, Dv]``, dtype of ``values``.
         gates: ``[M, S, P]``, dtype of ``values``.
         log: the records of earlier chunks, or None.
+        sequences: ``[M, S, P]`` int64, for memories that start anew on the way: tokens of different numbers share
+            nothing, and 0 is the sequence that goes on from ``log``. None: all 0.
+        cut: ``[M, S]`` int64, through what no gradient flows: sequences up to this number (-1: none), from reads in
+            chunk ``s`` and later to writes before it; from reads in chunk 0, to ``values`` (the log may be cut by the
+            caller). None: no cut.
+        residual_dtype: what residuals are rounded to when they arise; None or the dtype of ``values``: not rounded.
+            Its gradient is that of the identity.
 
     Returns:
         ``out [M, S, P, Dv]``. Gradients flow to ``weights``, ``coefficients``, ``targets``, ``gates``, the log's
         coefficients and residuals, and, as a dense ``[N, Dv]`` tensor, to ``values`` when they require one.
 
     Raises:
-        ValueError: for a wrong shape or dtype, or a slot out of range.
+        ValueError: for a wrong shape or dtype, a slot out of range, or NaN.
     """
     require_shape("values", values, ("N", "Dv"))
     require_fast_weight_dtype("values", values)
     require_shape("slots", slots, ("M", "S", "P", "K"))
-    memories, _, _, fanout = slots.shape
+    memories, steps, _, fanout = slots.shape
     width = values.shape[1]
-    require_dtype("slots", slots, torch.int64)
-    floats = {
+    floats: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "weights": (weights, slots.shape),
         "coefficients": (coefficients, slots.shape),
         "targets": (targets, (*slots.shape[:3], width)),
         "gates": (gates, slots.shape[:3]),
     }
+    integers: dict[str, tuple[Tensor, tuple[int, ...]]] = {"slots": (slots, slots.shape)}
+    if sequences is not None:
+        integers["sequences"] = sequences, slots.shape[:3]
+    if cut is not None:
+        integers["cut"] = cut, (memories, steps)
     if log is not None:
-        records = log.slots.shape[1] if log.slots.dim() > 1 else 0
         require_shape("log.slots", log.slots, (memories, "R", fanout))
-        require_dtype("log.slots", log.slots, torch.int64)
-        require_shape("log.chunks", log.chunks, (memories, records))
-        require_dtype("log.chunks", log.chunks, torch.int64)
-        floats["log.coefficients"] = (log.coefficients, log.slots.shape)
-        floats["log.residuals"] = (log.residuals, (memories, records, width))
+        records = log.slots.shape[1]
+        integers["log.slots"] = log.slots, log.slots.shape
+        integers["log.chunks"] = log.chunks, (memories, records)
+        integers["log.lengths"] = log.lengths, (memories,)
+        floats["log.coefficients"] = log.coefficients, log.slots.shape
+        require_shape("log.residuals", log.residuals, (memories, records, width))
+        require_dtype("log.residuals", log.residuals, values.dtype, torch.bfloat16)
+        require(log.lookahead >= 0, "log.lookahead", log.lookahead, "a number of records")
+    for name, (tensor, shape) in integers.items():
+        require_shape(name, tensor, shape)
+        require_dtype(name, tensor, torch.int64)
     for name, (tensor, shape) in floats.items():
         require_shape(name, tensor, shape)
         require_dtype(name, tensor, values.dtype)
-    out, _, _ = _operator(values, slots, weights, coefficients, targets, gates, *(log or (None,) * 4))
+    fields = (None,) * 5 + (0,) if log is None else log
+    inputs = (values, slots, weights, coefficients, targets, gates)
+    out, _, _ = _operator(*inputs, *fields, sequences, cut, residual_dtype or values.dtype)
     return out
 
 
+class _Optional(NamedTuple):
+    """The operator's arguments after the first six: the log's fields (or None), and what :func:`memory_scan` says."""
+
+    log_slots: Tensor | None
+    log_coefficients: Tensor | None
+    log_residuals: Tensor | None
+    log_chunks: Tensor | None
+    log_lengths: Tensor | None
+    lookahead: int
+    sequences: Tensor | None
+    cut: Tensor | None
+    residual_dtype: torch.dtype
+
+    @property
+    def log(self) -> Log | None:
+        return None if self.log_slots is None else Log(*self[:6])  # type: ignore[arg-type]
+
+    @property
+    def n_sequences(self) -> int:
+        """How many sequence numbers there may be (it looks at the data)."""
+        return 1 if self.sequences is None or not self.sequences.numel() else int(self.sequences.max()) + 1
+
+
 def _cpu(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    targets: Tensor,
-    gates: Tensor,
-    log_slots: Tensor | None,
-    log_coefficients: Tensor | None,
-    log_residuals: Tensor | None,
-    log_chunks: Tensor | None,
+    values: Tensor, slots: Tensor, weights: Tensor, coefficients: Tensor, targets: Tensor, gates: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    optional = _Optional(*others)
     require_slots("slots", slots, values.shape[0])
+    for name, tensor in (("weights", weights), ("targets", targets), ("gates", gates)):
+        require_no_nan(name, tensor)
     targets, gates = targets.contiguous(), gates.contiguous()
     steps = slots.shape[1]
-    keys, local = _own_slots(slots, values.shape[0]).unique(return_inverse=True)
+    keys, local = _row_keys(slots, optional, values.shape[0]).unique(return_inverse=True)
     # Padded to the size that can be told without looking at the slots: the rows are an output, for the backward.
     rows = values.new_zeros(slots.numel(), values.shape[1])
     working = rows[: keys.numel()]
     torch.index_select(values, 0, keys % values.shape[0], out=working)
-    if log_slots is not None and log_coefficients is not None and log_residuals is not None and log_chunks is not None:
-        matches = _match(keys, log_slots, log_chunks, values.shape[0])
-        to_rows = segment(matches.rows, matches.records)
-        add_to_rows_(working, to_rows, matches.weights(log_coefficients), log_residuals.reshape(-1, values.shape[1]))
+    if optional.log is not None:
+        matches = _match(keys, optional.log, values.shape[0], optional.n_sequences)
+        residuals, carriers = matches.residuals(optional.log, values.dtype)
+        weights_of_log = matches.weights(optional.log.coefficients)
+        add_to_rows_(working, segment(matches.rows, carriers), weights_of_log, residuals)
     out = torch.empty_like(targets)
     tokens = token_of_entry(local[:, 0].flatten(0, 1)) if steps else keys
     for s in range(steps):
@@ -112,27 +155,30 @@ def _cpu(
         read = weighted_sum(working, index, weights[:, s].flatten(0, 1))
         out[:, s] = read.view(out[:, s].shape)
         if s + 1 < steps:  # nothing reads the version after the last chunk
-            residuals = _residuals(s, targets, gates, out)
+            residuals = _residuals(s, targets, gates, out, optional.residual_dtype)
             add_to_rows_(working, segment(index.reshape(-1), tokens), coefficients[:, s], residuals)
     return out, rows, local
 
 
-def _own_slots(slots: Tensor, n_slots: int) -> Tensor:
-    """Slots ``[M, ...]`` numbered through all memories."""
-    offset = torch.arange(slots.shape[0]) * n_slots
-    return slots + offset.view(-1, *(1,) * (slots.dim() - 1))
+def _row_keys(slots: Tensor, optional: _Optional, n_slots: int) -> Tensor:
+    """Slots ``[M, S, P, K]`` numbered through all sequences of all memories: what has a working row of its own."""
+    n_sequences = optional.n_sequences
+    owner = (torch.arange(slots.shape[0]) * n_sequences).view(-1, 1, 1)
+    if optional.sequences is not None:
+        owner = owner + optional.sequences
+    return slots + (owner * n_slots).unsqueeze(-1)
 
 
-def _residuals(s: int, targets: Tensor, gates: Tensor, out: Tensor) -> Tensor:
+def _residuals(s: int, targets: Tensor, gates: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     """``g (y - v-hat)`` of chunk ``s`` in all memories, ``[M * P, Dv]``."""
-    return (gates[:, s].unsqueeze(-1) * (targets[:, s] - out[:, s])).flatten(0, 1)
+    return (gates[:, s].unsqueeze(-1) * (targets[:, s] - out[:, s])).to(dtype).to(out.dtype).flatten(0, 1)
 
 
 class _Matches(NamedTuple):
     """The log's entries (slot ``j`` of a record) that wrote to a row of the working set, ``E`` of them."""
 
     entries: Tensor  # [E] into the log's flattened slots
-    records: Tensor  # [E] the record of each entry
+    carriers: Tensor  # [E] the record with the entry's residual, into the flattened records
     rows: Tensor  # [E] the working row it wrote to
     counts: Tensor  # [E] N_s: entries of the same chunk with the same slot
 
@@ -140,30 +186,35 @@ class _Matches(NamedTuple):
         """The entries' coefficients with the division by ``N_s``."""
         return log_coefficients.flatten()[self.entries] / self.counts
 
+    def residuals(self, log: Log, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A table of residuals in ``dtype``, and the row of each entry in it."""
+        table = log.residuals.reshape(-1, log.residuals.shape[2])
+        if table.dtype == dtype:
+            return table, self.carriers
+        used, rows = self.carriers.unique(return_inverse=True)
+        return table[used].to(dtype), rows
 
-def _match(keys: Tensor, log_slots: Tensor, log_chunks: Tensor, n_slots: int) -> _Matches:
-    own = _own_slots(log_slots, n_slots).flatten()
+
+def _match(keys: Tensor, log: Log, n_slots: int, n_sequences: int) -> _Matches:
+    memories, records, fanout = log.slots.shape
+    counts_in = torch.arange(records) < log.lengths.unsqueeze(1)
+    own = log.slots + (torch.arange(memories) * n_sequences * n_slots).view(-1, 1, 1)
+    own = torch.where(counts_in.unsqueeze(-1) & (log.slots >= 0), own, -1).flatten()
     position = torch.searchsorted(keys, own).clamp_max_(keys.numel() - 1)
     entries = (keys[position] == own).nonzero().squeeze(-1) if keys.numel() else own.new_empty(0)
-    rows = position[entries]
-    records = entries // log_slots.shape[-1]
-    chunks = log_chunks.flatten()[records]
+    rows, record = position[entries], entries // fanout
+    all_chunks = log.chunks.flatten()
+    chunks = all_chunks[record]
     first, last = chunks.aminmax() if entries.numel() else (chunks.new_zeros(()), chunks.new_zeros(()))
     _, inverse, counts = (rows * (last - first + 1) + chunks - first).unique(return_inverse=True, return_counts=True)
-    return _Matches(entries, records, rows, counts[inverse])
+    carriers = record + log.lookahead
+    writes = record % records + log.lookahead < log.lengths[record // records] if records else carriers > 0
+    writes &= all_chunks[carriers.clamp_max(all_chunks.numel() - 1)] == chunks
+    return _Matches(*(x[writes] for x in (entries, carriers, rows, counts[inverse])))
 
 
 def _fake(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    targets: Tensor,
-    gates: Tensor,
-    log_slots: Tensor | None,
-    log_coefficients: Tensor | None,
-    log_residuals: Tensor | None,
-    log_chunks: Tensor | None,
+    values: Tensor, slots: Tensor, weights: Tensor, coefficients: Tensor, targets: Tensor, gates: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = values.new_empty((slots.numel(), values.shape[1]))
     return targets.new_empty(targets.shape), rows, slots.new_empty(slots.shape)
@@ -179,15 +230,12 @@ def _backward_cpu(
     coefficients: Tensor,
     targets: Tensor,
     gates: Tensor,
-    log_slots: Tensor | None,
-    log_coefficients: Tensor | None,
-    log_residuals: Tensor | None,
-    log_chunks: Tensor | None,
-    n_slots: int,
-    values_need_grad: bool,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
+    *fields, n_slots, values_need_grad = others
+    optional = _Optional(*fields)
     memories, steps, tokens, fanout = local.shape
-    width = out.shape[-1]
+    width, log, n_sequences = out.shape[-1], optional.log, optional.n_sequences
     n_rows = int(local.max()) + 1 if local.numel() else 0
     working = rows[:n_rows].clone()  # the version that the last chunk read
     grad_working = torch.zeros_like(working)  # G, of the version after the chunk
@@ -196,13 +244,23 @@ def _backward_cpu(
     )
     grad_targets, grad_gates = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (targets, gates))
     entry_tokens = token_of_entry(local[:, 0].flatten(0, 1)) if steps else local
+    row_keys = torch.empty(n_rows, dtype=torch.int64)
+    row_keys[local.flatten()] = _row_keys(slots, optional, n_slots).flatten()
+    owner = row_keys // n_slots
+
+    def cut(s: int) -> None:
+        if optional.cut is not None:
+            behind = owner % n_sequences <= optional.cut[owner // n_sequences, s]
+            grad_working.masked_fill_(behind.unsqueeze(1), 0)
+
     for s in reversed(range(steps)):
         index = local[:, s].flatten(0, 1)
         entry_rows = index.reshape(-1)
         segments = segment(entry_rows, entry_tokens)
         grad_read = grad_out[:, s].reshape(-1, width)
         if s + 1 < steps:
-            residuals = _residuals(s, targets, gates, out)
+            cut(s + 1)
+            residuals = _residuals(s, targets, gates, out, optional.residual_dtype)
             grad_residuals = weighted_sum(grad_working, index, coefficients[:, s].flatten(0, 1))
             products = row_products(grad_working, entry_rows, residuals, entry_tokens)
             grad_coefficients[:, s] = products.view(memories, tokens, fanout)
@@ -219,18 +277,19 @@ def _backward_cpu(
 
     empty = out.new_empty(0)
     grad_log_coefficients, grad_log_residuals, grad_values = empty, empty.clone(), empty.clone()
-    row_keys = torch.empty(n_rows, dtype=torch.int64)
-    row_keys[local.flatten()] = _own_slots(slots, n_slots).flatten()
-    if log_slots is not None and log_coefficients is not None and log_residuals is not None and log_chunks is not None:
-        matches = _match(row_keys, log_slots, log_chunks, n_slots)
-        vectors = log_residuals.reshape(-1, width)
-        products = row_products(grad_working, matches.rows, vectors, matches.records)
-        grad_log_coefficients = out.new_zeros(log_coefficients.shape)
+    if log is not None:
+        matches = _match(row_keys, log, n_slots, n_sequences)
+        table, carriers = matches.residuals(log, out.dtype)
+        products = row_products(grad_working, matches.rows, table, carriers)
+        grad_log_coefficients = out.new_zeros(log.coefficients.shape)
         grad_log_coefficients.view(-1)[matches.entries] = products / matches.counts
-        grad_log_residuals = out.new_zeros(log_residuals.shape)
-        to_records = segment(matches.records, matches.rows)
-        add_to_rows_(grad_log_residuals.view(-1, width), to_records, matches.weights(log_coefficients), grad_working)
+        grad_table = out.new_zeros(log.residuals.shape)
+        to_records = segment(matches.carriers, matches.rows)
+        add_to_rows_(grad_table.view(-1, width), to_records, matches.weights(log.coefficients), grad_working)
+        grad_log_residuals = grad_table.to(log.residuals.dtype)
     if values_need_grad:
+        if steps:
+            cut(0)
         grad_values = out.new_zeros(n_slots, width).index_add_(0, row_keys % n_slots, grad_working)
     return (
         grad_weights,
@@ -253,15 +312,13 @@ def _backward_fake(
     coefficients: Tensor,
     targets: Tensor,
     gates: Tensor,
-    log_slots: Tensor | None,
-    log_coefficients: Tensor | None,
-    log_residuals: Tensor | None,
-    log_chunks: Tensor | None,
-    n_slots: int,
-    values_need_grad: bool,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
+    *fields, n_slots, values_need_grad = others
+    optional = _Optional(*fields)
     like_inputs = [x.new_empty(x.shape) for x in (weights, coefficients, targets, gates)]
-    like_log = [out.new_empty(0 if x is None else x.shape) for x in (log_coefficients, log_residuals)]
+    log_floats = (optional.log_coefficients, optional.log_residuals)
+    like_log = [out.new_empty(0) if x is None else x.new_empty(x.shape) for x in log_floats]
     return *like_inputs, *like_log, out.new_empty((n_slots, out.shape[-1]) if values_need_grad else 0)
 
 
@@ -269,31 +326,37 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     out, rows, local = output
     ctx.mark_non_differentiable(rows, local)
     values, *others = inputs
-    ctx.n_slots = values.shape[0]
-    ctx.save_for_backward(out, rows, local, *others)
+    optional = _Optional(*others[5:])
+    ctx.n_slots, ctx.lookahead, ctx.residual_dtype = values.shape[0], optional.lookahead, optional.residual_dtype
+    tensors = (*optional[:5], optional.sequences, optional.cut)
+    ctx.save_for_backward(out, rows, local, *others[:5], *tensors)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _rows: Tensor, _local: Tensor) -> Any:
     values_need_grad = ctx.needs_input_grad[0]
+    *saved, sequences, cut = ctx.saved_tensors
     *inputs, log_coefficients, log_residuals, values = _backward_operator(
-        grad_out, *ctx.saved_tensors, ctx.n_slots, values_need_grad
+        grad_out, *saved, ctx.lookahead, sequences, cut, ctx.residual_dtype, ctx.n_slots, values_need_grad
     )
-    if ctx.saved_tensors[8] is None:  # no log
+    if saved[8] is None:  # no log
         log_coefficients = log_residuals = None
-    return values if values_need_grad else None, None, *inputs, None, log_coefficients, log_residuals, None
+    log_grads = (None, log_coefficients, log_residuals, None, None)
+    return values if values_need_grad else None, None, *inputs, *log_grads, None, None, None, None
 
 
+_OPTIONAL = (
+    "Tensor? log_slots, Tensor? log_coefficients, Tensor? log_residuals, Tensor? log_chunks, Tensor? log_lengths,"
+    " int lookahead, Tensor? sequences, Tensor? cut, ScalarType residual_dtype"
+)
 _operator = register(
     "memory_scan(Tensor values, Tensor slots, Tensor weights, Tensor coefficients, Tensor targets, Tensor gates,"
-    " Tensor? log_slots, Tensor? log_coefficients, Tensor? log_residuals, Tensor? log_chunks)"
-    " -> (Tensor, Tensor, Tensor)",
+    f" {_OPTIONAL}) -> (Tensor, Tensor, Tensor)",
     _cpu,
     _fake,
 )
 _backward_operator = register(
     "memory_scan_backward(Tensor grad_out, Tensor out, Tensor rows, Tensor local, Tensor slots, Tensor weights,"
-    " Tensor coefficients, Tensor targets, Tensor gates, Tensor? log_slots, Tensor? log_coefficients,"
-    " Tensor? log_residuals, Tensor? log_chunks, SymInt n_slots, bool values_need_grad)"
+    f" Tensor coefficients, Tensor targets, Tensor gates, {_OPTIONAL}, SymInt n_slots, bool values_need_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,

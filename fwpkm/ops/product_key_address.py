@@ -7,7 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.checks import (
+    require,
+    require_choice,
+    require_dtype,
+    require_fast_weight_dtype,
+    require_no_nan,
+    require_shape,
+)
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops.product_key_topk import combine, largest, selected_gradient
 
@@ -33,7 +40,7 @@ def product_key_address(
         and ``keys``.
 
     Raises:
-        ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``.
+        ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``, or NaN.
     """
     check_query_and_keys(query, keys, score)
     require(eps > 0, "eps", eps, "a positive number")
@@ -74,6 +81,7 @@ def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[T
     pattern = "(h c) (m p) k -> m p h c k" if shared else "(m h c) p k -> m p h c k"
     sizes = {"m": memories, "h": heads, "c": 2}
     sub_scores, sub_slots = (rearrange(x, pattern, **sizes).contiguous() for x in (sub_scores, sub_slots))
+    require_no_nan("query or keys", sub_scores)  # a NaN among them is among the best
     scores, slots = combine(sub_scores.view(-1, 2, k), sub_slots.view(-1, 2, k), n)
     shape = (memories, tokens, heads, k)
     return scores.view(shape), slots.view(shape), sub_scores, sub_slots

@@ -11,7 +11,14 @@ SUB_SCORES, SUB_SLOTS = torch.randn(2, 3, 1, 2, 2), torch.zeros(2, 3, 1, 2, 2, d
 VALUES, SLOTS, WEIGHTS = torch.randn(9, 3), torch.zeros(4, 2, dtype=torch.int64), torch.randn(4, 2)
 SCAN_SLOTS, SCAN_WEIGHTS = torch.zeros(1, 2, 4, 2, dtype=torch.int64), torch.randn(1, 2, 4, 2)
 TARGETS, GATES = torch.randn(1, 2, 4, 3), torch.rand(1, 2, 4)
-LOG = Log(torch.zeros(1, 5, 2).long(), torch.randn(1, 5, 2), torch.randn(1, 5, 3), torch.zeros(1, 5).long())
+LOG = Log(
+    torch.zeros(1, 5, 2).long(),
+    torch.randn(1, 5, 2),
+    torch.randn(1, 5, 3),
+    torch.zeros(1, 5).long(),
+    lengths=torch.tensor([5]),
+    lookahead=1,
+)
 
 GOOD = {
     ops.product_key_topk: {"sub_scores": SUB_SCORES, "k": 2},
@@ -101,8 +108,19 @@ BAD = [
     (
         ops.memory_scan,
         {"log": LOG._replace(slots=LOG.slots[:, :4])},
-        r"log.chunks.shape is \[1, 5\]; expected \[1, 4\]",
+        r"log.(chunks|residuals).shape is \[1, 5.*\]; expected \[1, 4",
     ),
+    (ops.memory_scan, {"log": LOG._replace(lengths=torch.tensor(5))}, r"log.lengths.shape is \[\]; expected \[1\]"),
+    (ops.memory_scan, {"log": LOG._replace(lookahead=-1)}, "log.lookahead is -1; expected a number of records"),
+    (ops.memory_scan, {"sequences": SCAN_SLOTS}, r"sequences.shape is \[1, 2, 4, 2\]; expected \[1, 2, 4\]"),
+    (ops.memory_scan, {"sequences": GATES}, "sequences.dtype is torch.float32; expected torch.int64"),
+    (ops.memory_scan, {"cut": SCAN_SLOTS[0, 0]}, r"cut.shape is \[4, 2\]; expected \[1, 2\]"),
+    (ops.memory_scan, {"targets": TARGETS * float("nan")}, "targets holds NaN; expected numbers"),
+    (ops.memory_scan, {"gates": GATES.log() * float("nan")}, "gates holds NaN; expected numbers"),
+    (ops.memory_scan, {"weights": SCAN_WEIGHTS * float("nan")}, "weights holds NaN; expected numbers"),
+    (ops.product_key_address, {"query": QUERY * float("nan")}, "query or keys holds NaN; expected numbers"),
+    (ops.product_key_address, {"keys": KEYS * float("nan")}, "query or keys holds NaN; expected numbers"),
+    (ops.memory_read, {"weights": WEIGHTS * float("nan")}, "weights holds NaN; expected numbers"),
     (ops.memory_scan, {"log": LOG._replace(chunks=LOG.chunks.int())}, "log.chunks.dtype is torch.int32; expected"),
     (ops.memory_scan, {"log": LOG._replace(residuals=LOG.residuals[..., :1])}, r"log.residuals.shape is \[1, 5, 1\]"),
     (ops.memory_scan, {"log": LOG._replace(coefficients=LOG.coefficients.half())}, "log.coefficients.dtype is torch.f"),

@@ -50,7 +50,7 @@ def read_case(draw: Draw, tokens: int) -> Case:
     return Case(ops.memory_read, floats, {"slots": draw.integers(N, M, tokens, TOPK)})
 
 
-def scan_case(draw: Draw, tokens: int, log: bool = False) -> Case:
+def scan_case(draw: Draw, tokens: int, log: bool = False, packed: bool = False) -> Case:
     shape = (M, S, tokens, TOPK)
     floats = {
         "values": draw.normal(N, DV),
@@ -63,15 +63,19 @@ def scan_case(draw: Draw, tokens: int, log: bool = False) -> Case:
     if not log:
         return Case(ops.memory_scan, floats, {"slots": slots})
     records = 7
-    log_slots = draw.integers(N, M, records, TOPK)
+    log_slots = draw.integers(N + 1, M, records, TOPK) - 1  # -1: no read
     chunks = torch.arange(records).expand(M, -1) // 3 + 5
     floats |= {"log_coefficients": draw.normal(M, records, TOPK), "log_residuals": draw.normal(M, records, DV)}
+    others = {"slots": slots, "log_slots": log_slots, "log_chunks": chunks, "log_lengths": torch.tensor([records, 4])}
+    if packed:
+        others |= {"sequences": draw.integers(2, *shape[:3]), "cut": torch.full((M, S), -1)}
+    return Case(scan_with_log, floats, others)
 
-    return Case(scan_with_log, floats, {"slots": slots, "log_slots": log_slots, "log_chunks": chunks})
 
-
-def scan_with_log(log_slots, log_coefficients, log_residuals, log_chunks, **inputs):
-    return ops.memory_scan(**inputs, log=Log(log_slots, log_coefficients, log_residuals, log_chunks))
+def scan_with_log(log_slots, log_coefficients, log_residuals, log_chunks, log_lengths, **inputs):
+    return ops.memory_scan(
+        **inputs, log=Log(log_slots, log_coefficients, log_residuals, log_chunks, log_lengths, lookahead=1)
+    )
 
 
 CASES: dict[str, Callable[[Draw, int], Case]] = {
@@ -86,6 +90,7 @@ CASES: dict[str, Callable[[Draw, int], Case]] = {
     "memory_read": read_case,
     "memory_scan": scan_case,
     "memory_scan-log": lambda d, t: scan_case(d, t, log=True),
+    "memory_scan-packed": lambda d, t: scan_case(d, t, log=True, packed=True),
 }
 every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 

@@ -125,28 +125,42 @@ def test_scan(seed, fanout, n, **size):
     assert torch.equal(inputs["values"], untouched)
 
 
-@given(seed=seeds, records=st.integers(0, 12), chunk=st.integers(1, 5), **scan_sizes)
-def test_scan_continues_from_a_log(seed, records, chunk, **size):
-    """Version 0 is the values plus the log, whose coefficients are divided by the reads of a slot in their chunk."""
+@given(
+    seed=seeds,
+    records=st.integers(0, 12),
+    chunk=st.integers(1, 5),
+    lookahead=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    **scan_sizes,
+)
+def test_scan_continues_from_a_log(seed, records, chunk, lookahead, dtype, **size):
+    """Version 0 is the values plus the log's first records: coefficients by the reads of a slot in their chunk, times
+    the residual that the record ``lookahead`` later has, if it counts and is in the same chunk.
+    """
     draw, fanout, n, memories = Draw(seed), 3, 6, size["memories"]
     inputs = draw_scan(draw, **size, fanout=fanout, n=n)
     chunks = (torch.arange(records) // chunk * 7 + 3).expand(memories, -1)
+    lengths = draw.integers(records + 1, memories)
     log = Log(
-        draw.integers(n, memories, records, fanout),
+        draw.integers(n + 1, memories, records, fanout) - 1,
         draw.normal(memories, records, fanout),
-        draw.normal(memories, records, 3),
+        draw.normal(memories, records, 3).to(dtype),
         chunks,
+        lengths,
+        lookahead,
     )
     have = ops.memory_scan(**inputs, log=log)
     for m in range(memories):
         values = inputs["values"].clone()
-        for number in chunks[m].unique():
-            of_chunk = chunks[m] == number
-            slots, coefficients, residuals = (x[m, of_chunk] for x in log[:3])
-            counts = slots.flatten().bincount(minlength=n)
-            for p in range(slots.shape[0]):
+        for number in chunks[m, : lengths[m]].unique():
+            of_chunk = chunks[m, : lengths[m]] == number
+            slots, coefficients, residuals = (x[m, : lengths[m]][of_chunk] for x in log[:3])
+            counts = (slots + 1).flatten().bincount(minlength=n + 1)[1:]
+            for p in range(slots.shape[0] - lookahead):
                 for j in range(fanout):
-                    values[slots[p, j]] += coefficients[p, j] / counts[slots[p, j]] * residuals[p]
+                    if slots[p, j] >= 0:
+                        write = coefficients[p, j] / counts[slots[p, j]] * residuals[p + lookahead].double()
+                        values[slots[p, j]] += write
         own = {k: v if k == "values" else v[m : m + 1] for k, v in inputs.items()} | {"values": values}
         assert_close(have[m : m + 1], reference.memory_scan(**own)[0])
 

@@ -1,0 +1,91 @@
+"""Tensors that grow along a dimension, at a cost that is amortised: what a memory state remembers of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Appendable:
+    """Tensors ``[M, capacity, ...]`` of which the first ``used`` columns are in use; immutable, like what holds it.
+
+    Appending writes into the free columns, which nobody else can see, if this is the furthest of all that share them;
+    otherwise, and when they are full or a gradient is recorded, it copies. So a long chain of appends copies each
+    column a constant number of times on average, and continuing one state twice gives independent results.
+    """
+
+    tensors: tuple[Tensor, ...]
+    used: int
+    tip: list[int] = field(repr=False)  # shared by all that share the tensors: how far these are written
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Appendable:
+        """All columns of ``tensors``, which the caller must not write to any more."""
+        used = tensors[0].shape[1]
+        return cls(tuple(tensors), used, [used])
+
+    def columns(self) -> list[Tensor]:
+        """The columns in use, ``[M, used, ...]``."""
+        return [x[:, : self.used] for x in self.tensors]
+
+    def drop(self, columns: int) -> Appendable:
+        """All but the last ``columns``."""
+        return Appendable(self.tensors, self.used - columns, self.tip)
+
+    def select(self, index: Tensor) -> Appendable:
+        """The rows ``index``, a copy."""
+        return Appendable.of([x[index] for x in self.columns()])
+
+    def detach(self) -> Appendable:
+        """The same, cut from the graph that computed it."""
+        return Appendable(tuple(x.detach() for x in self.tensors), self.used, self.tip)
+
+    def unshared(self) -> Appendable:
+        """The same, to be copied before it is written to."""
+        return Appendable(self.tensors, self.used, [-1])
+
+    def append(self, new: Sequence[Tensor]) -> Appendable:
+        """Add columns ``[M, T, ...]``."""
+        if self._differentiable(new):
+            return Appendable.of([torch.cat(pair, 1) for pair in zip(self.columns(), new, strict=True)])
+        grown, start = self._with_room(new[0].shape[1]), self.used
+        for old, columns in zip(grown.tensors, new, strict=True):
+            old.data[:, start : grown.used] = columns
+        return grown
+
+    def insert(self, new: Sequence[Tensor], at: Tensor) -> Appendable:
+        """Write columns ``[M, T, ...]`` in row ``m`` from column ``at[m] <= used`` on, over what stands there.
+
+        Columns of a row past the end that the caller counts for it may hold anything.
+        """
+        memories, width = new[0].shape[:2]
+        rows = torch.arange(memories, device=at.device).unsqueeze(1)
+        index = rows, at.unsqueeze(1) + torch.arange(width, device=at.device)
+        if self._differentiable(new):
+            longer = [torch.cat((x, torch.zeros_like(y)), 1) for x, y in zip(self.columns(), new, strict=True)]
+            return Appendable.of([x.index_put(index, y) for x, y in zip(longer, new, strict=True)])
+        grown = self._with_room(width)
+        for old, columns in zip(grown.tensors, new, strict=True):
+            old.data.index_put_(index, columns)
+        return grown
+
+    def _differentiable(self, new: Sequence[Tensor]) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*self.tensors, *new))
+
+    def _with_room(self, width: int) -> Appendable:
+        """These with ``width`` more columns in use, which the caller may write to.
+
+        It writes through ``.data``: no graph that has saved these tensors looks at the columns written.
+        """
+        used = self.used + width
+        if self.tip[0] == self.used and used <= self.tensors[0].shape[1]:
+            self.tip[0] = used
+            return Appendable(self.tensors, used, self.tip)
+        copies = [x.new_empty(x.shape[0], 2 * used, *x.shape[2:]) for x in self.tensors]
+        for old, copy in zip(self.columns(), copies, strict=True):
+            copy[:, : self.used] = old.detach()
+        return Appendable(tuple(copies), used, [used])

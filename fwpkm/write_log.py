@@ -1,0 +1,89 @@
+"""The write log: one record a token, from which with the base values everything a sequence stored can be had."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fwpkm.appendable import Appendable
+from fwpkm.ops import Log
+
+
+@dataclass(frozen=True)
+class WriteLog:
+    """The records of ``M`` memories, in the order in which each saw its tokens; immutable (DESIGN section 3).
+
+    Record ``t`` is a function of what came before token ``t + 1`` and is never rewritten, wherever a call ends; only
+    an early flush, which changes a chunk's length, scales the coefficients of that chunk. How many records of a memory
+    there are, and how many are of committed chunks, is in the state that holds the log.
+
+    Attributes:
+        records: ``slots [M, R, K]`` (-1 in a record of a token that did not read), ``coefficients [M, R, K]`` before
+            the division by ``N_s``, ``residuals [M, R, Dv]`` of the token ``lookahead`` records before (0 if that is
+            in another chunk), ``chunks [M, R]``, ``gates [M, R]``.
+        lookahead: in records.
+    """
+
+    records: Appendable
+    lookahead: int
+
+    @property
+    def slots(self) -> Tensor:
+        return self.records.tensors[0]
+
+    @property
+    def coefficients(self) -> Tensor:
+        return self.records.tensors[1]
+
+    @property
+    def residuals(self) -> Tensor:
+        return self.records.tensors[2]
+
+    @property
+    def chunks(self) -> Tensor:
+        return self.records.tensors[3]
+
+    @property
+    def gates(self) -> Tensor:
+        return self.records.tensors[4]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.records.tensors)
+
+    def first(self, lengths: Tensor) -> Log:
+        """The first ``lengths [M]`` records of each memory, as operators take them."""
+        return Log(self.slots, self.coefficients, self.residuals, self.chunks, lengths, self.lookahead)
+
+    def detach(self) -> WriteLog:
+        """The same, cut from the graph that computed it."""
+        return dataclasses.replace(self, records=self.records.detach())
+
+    def detach_before(self, chunk: Tensor) -> WriteLog:
+        """The same, with each memory's records of chunks below ``chunk [M]`` cut from the graph that computed them."""
+        if not (self.coefficients.requires_grad or self.residuals.requires_grad):
+            return self
+        old = (self.chunks < chunk.unsqueeze(1)).unsqueeze(-1)
+        slots, coefficients, residuals, chunks, gates = self.records.tensors
+        coefficients, residuals = (torch.where(old, x.detach(), x) for x in (coefficients, residuals))
+        return dataclasses.replace(self, records=Appendable.of((slots, coefficients, residuals, chunks, gates)))
+
+    def with_residuals_in(self, dtype: torch.dtype) -> WriteLog:
+        """The same with residuals kept in ``dtype``: a state goes on in training, which does not round."""
+        if self.residuals.dtype == dtype:
+            return self
+        slots, coefficients, residuals, *others = self.records.tensors
+        kept = Appendable((slots, coefficients, residuals.to(dtype), *others), self.records.used, self.records.tip)
+        return dataclasses.replace(self, records=kept.unshared())
+
+    def scale(self, first: Tensor, factor: Tensor) -> WriteLog:
+        """The same with the coefficients of each memory's records from ``first [M]`` on times ``factor [M]``."""
+        index = torch.arange(self.slots.shape[1], device=self.slots.device)
+        is_open = (index >= first.unsqueeze(1)).unsqueeze(-1)
+        slots, coefficients, *others = self.records.tensors
+        coefficients = torch.where(is_open, coefficients * factor.to(coefficients.dtype).view(-1, 1, 1), coefficients)
+        scaled = Appendable((slots, coefficients, *others), self.records.used, self.records.tip).unshared()
+        return dataclasses.replace(self, records=scaled)
