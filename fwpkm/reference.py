@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fwpkm.checks import require, require_choice, require_dtype, require_shape
+
 
 class Result(NamedTuple):
     """What `fast_weight_memory` returns. `keys` and `values` are those after the last commit."""
@@ -199,6 +201,134 @@ def memory_scan(
     return torch.stack(outputs).unflatten(0, (M, S)), torch.stack(final)
 
 
+class _Run(NamedTuple):
+    """What one memory did along its tokens."""
+
+    output: Tensor  # [R, T, Dv]
+    slots: Tensor  # [R, T, H*k] int64
+    weights: Tensor  # [R, T, H*k]
+    keys: Tensor  # [H, 2, n, Dk/2]
+    values: Tensor  # [N, Dv]
+    losses: list[Tensor]  # the addressing loss of every chunk that committed
+
+
+def _run(
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor,
+    mask: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    config: Any,
+    chunk_lengths: Sequence[int] | None,
+    training: bool,
+    commit_partial: bool,
+) -> _Run:
+    """One memory, chunk by chunk, along the columns of `R` rows: `query [R, T, H, Dk]`, `mask [R, T]`, and so on.
+
+    A masked token neither reads nor writes; its column has its place in the chunk all the same.
+    """
+    T, L, n = gate.shape[1], config.lookahead, keys.shape[-2]
+    lengths = [config.chunk_size] * (T // config.chunk_size) if chunk_lengths is None else list(chunk_lengths)
+    n_commits = len(lengths)
+    if sum(lengths) < T:
+        n_commits += commit_partial
+    if sum(lengths) < T or T == 0:
+        lengths.append(T - sum(lengths))
+
+    def later(x: Tensor) -> Tensor:
+        """What lies `L` columns further on in the chunk `[R, C, ...]`; zero or False at the last `L`."""
+        return torch.cat([x[:, L:], torch.zeros_like(x[:, :L])], dim=1)
+
+    score = config.score, config.score_eps
+    keys_move = config.key_update == "fast" or (config.key_update == "train_only" and training)
+    rounded = getattr(config, "log_dtype", "float32") == "bfloat16" and not training
+    pieces, losses, start = [], [], 0
+    for s, C in enumerate(lengths):
+        if config.detach_every and s > 0 and s % config.detach_every == 0:
+            values = values.detach()
+            if config.key_update != "slow":  # slow keys have no history to cut: they are parameters
+                keys = keys.detach()
+        chunk = slice(start, start + C)
+        start += C
+
+        present = mask[:, chunk]  # [R, C]; indexing with it leaves the P tokens that there are
+        q = query[:, chunk][present].unsqueeze(0)  # [1, P, H, Dk]
+        scores, slots, selected, sub_slots = product_key_address(q, keys.unsqueeze(0), config.topk, *score)
+        slots = slots.squeeze(0).flatten(-2)  # [P, H*k]
+        w = weights(scores.squeeze(0), config.temperature, config.nonlinearity)
+        read = memory_read(values, slots, w)
+        pieces.append([x.new_zeros(*present.shape, *x.shape[1:]).index_put((present,), x) for x in (read, slots, w)])
+        if s >= n_commits:
+            continue
+
+        # Token t stores the target of token t+L; the last L tokens of the chunk, and where t+L is masked, have none.
+        y = later(torch.where(present.unsqueeze(-1), target[:, chunk], 0.0))[present]
+        g = gate[:, chunk][present] * later(present)[present]
+        residuals = g.unsqueeze(-1) * (y - read)
+        if rounded:
+            residuals = residuals.to(torch.bfloat16).to(torch.float64)
+        counts = torch.bincount(slots.flatten(), minlength=values.shape[0])  # N_s
+        kappa = write_scale(w, config.write_scale, C, L)
+        coefficients = config.learning_rate * kappa.unsqueeze(-1) * w / counts[slots]
+        values = _value_commit(values, slots, coefficients, residuals)
+
+        chosen = _selected_sub_scores(q.detach(), keys.unsqueeze(0), sub_slots, *score)
+        losses.append(addressing_loss(chosen, sub_slots, n).squeeze(0))
+        if keys_move:
+            rate = config.learning_rate * config.addressing_weight
+            keys = key_commit(q, keys.unsqueeze(0), selected, sub_slots, None, rate, *score).squeeze(0)
+
+    output, all_slots, all_weights = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+    return _Run(output, all_slots, all_weights, keys, values, losses)
+
+
+def _packed_sequences(mask: Sequence[bool], reset: Sequence[bool]) -> list[Tensor]:
+    """The positions of the tokens of each sequence of a row; an empty one matters only as the last."""
+    sequences: list[list[int]] = [[]]
+    for t, (is_token, starts) in enumerate(zip(mask, reset, strict=True)):
+        if starts:
+            sequences.append([])
+        if is_token:
+            sequences[-1].append(t)
+    return [torch.tensor(positions, dtype=torch.int64) for positions in sequences]
+
+
+def _run_row(
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor,
+    mask: Tensor,
+    reset: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    config: Any,
+    chunk_lengths: Sequence[int] | None,
+    training: bool,
+    commit_partial: bool,
+) -> _Run:
+    """The sequences that one row packs (`query [T, H, Dk]` and so on), each alone; the last one's keys and values."""
+    sequences = _packed_sequences(mask.tolist(), reset.tolist())
+    runs = []
+    for i, positions in enumerate(sequences):
+        q, y, g, present = (x[positions].unsqueeze(0) for x in (query, target, gate, mask))
+        commits = commit_partial and i == len(sequences) - 1
+        runs.append(_run(q, y, g, present, keys, values, config, chunk_lengths, training, commits))
+
+    def put_back(parts: list[Tensor]) -> Tensor:
+        x = torch.cat(parts, dim=1)
+        return x.new_zeros(1, len(gate), *x.shape[2:]).index_copy(1, torch.cat(sequences).to(x.device), x)
+
+    return _Run(
+        put_back([run.output for run in runs]),
+        put_back([run.slots for run in runs]),
+        put_back([run.weights for run in runs]),
+        runs[-1].keys,
+        runs[-1].values,
+        [loss for run in runs for loss in run.losses],
+    )
+
+
 def fast_weight_memory(
     query: Tensor,
     target: Tensor,
@@ -209,6 +339,8 @@ def fast_weight_memory(
     chunk_lengths: Sequence[int] | None = None,
     training: bool = False,
     commit_partial: bool = False,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Result:
     """Section 2 over a batch of sequences: `query [B, T, H, Dk]`, `target [B, T, Dv]`, `gate [B, T]`.
 
@@ -217,71 +349,48 @@ def fast_weight_memory(
 
     A chunk reads one version of the memory and then commits. The value commit (2.6; equations 13 to 15 of the paper) is
     `V[s] += lr / N_s * sum over the reads (t, j) of slot s of kappa_t w_tj g_t (y_{t+L} - v_t)`, where `N_s` counts all
-    the chunk's reads of `s` and the last `L` tokens write nothing. The key commit is 2.7.
+    the chunk's reads of `s` and the last `L` tokens write nothing. The key commit is 2.7. With `config.log_dtype`
+    `bfloat16`, and not `training`, the residuals `g_t (y_{t+L} - v_t)` are rounded to bfloat16 first.
 
     `chunk_lengths` replaces the grid of `config.chunk_size`; each chunk commits with its own length as `C`. The tokens
     that are left are an open chunk: it reads, and commits only with `commit_partial`. `addressing_loss` is the mean
-    over the chunks that committed and the memories; its gradient reaches the keys of a chunk, not its queries.
+    over the chunks that committed, of all memories; its gradient reaches the keys of a chunk, not its queries.
+
+    `mask [B, T]` bool: False is no token; output, slots and weights are 0 there. `reset [B, T]` bool: a new sequence
+    starts, at the memory that was passed in, before the token there, or before the next one if that is masked. Scope
+    `sequence`: a sequence is its tokens in order, as if alone: the masked positions removed, the chunks counted from
+    its start, its open chunk left behind by the next sequence of the row. `keys`, `values` and `commit_partial` are
+    about the last sequence of every row, which has read nothing where no token follows a reset. Scope `shared` knows no
+    `reset`: chunks are columns, masked or not, and a token writes nothing if `t+L` is masked.
+
+    Raises ValueError for a mask or reset that is not `[B, T]` bool, a `reset` in the scope `shared`, `chunk_lengths`
+    together with either, and unknown options.
     """
     query, target, gate, keys, values = _double(query, target, gate, keys, values)
     B, T = gate.shape
-    N, n, L = values.shape[0], keys.shape[-2], config.lookahead
-    M = 1 if config.scope == "shared" else B
+    shared = config.scope == "shared"
+    require_choice("log_dtype", getattr(config, "log_dtype", "float32"), ("float32", "bfloat16"))
+    for name, given in (("mask", mask), ("reset", reset)):
+        if given is not None:
+            require_shape(name, given, (B, T))
+            require_dtype(name, given, torch.bool)
+            require(chunk_lengths is None, "chunk_lengths", chunk_lengths, f"None with {name}")
+    require(reset is None or not shared, "reset", "given", "None with scope 'shared'")
+    mask = torch.ones_like(gate, dtype=torch.bool) if mask is None else mask
+    reset = torch.zeros_like(gate, dtype=torch.bool) if reset is None else reset
+    keys = keys.expand(1 if shared else B, *keys.shape[-4:])
 
-    def by_memory(x: Tensor) -> Tensor:
-        """`[B, c, ...]` to `[M, P, ...]`."""
-        return x.transpose(0, 1).flatten(0, 1).unsqueeze(0) if config.scope == "shared" else x
-
-    def by_sequence(x: Tensor) -> Tensor:
-        """`[M, P, ...]` to `[B, c, ...]`."""
-        return x.squeeze(0).unflatten(0, (-1, B)).transpose(0, 1) if config.scope == "shared" else x
-
-    lengths = [config.chunk_size] * (T // config.chunk_size) if chunk_lengths is None else list(chunk_lengths)
-    n_commits = len(lengths)
-    if sum(lengths) < T or T == 0:
-        lengths.append(T - sum(lengths))
-        n_commits += commit_partial
-
-    score = config.score, config.score_eps
-    keys_move = config.key_update == "fast" or (config.key_update == "train_only" and training)
-    keys = keys.expand(M, *keys.shape[-4:])
-    versions = [values] * M
-    reads, all_slots, all_weights, losses, start = [], [], [], [], 0
-    for s, C in enumerate(lengths):
-        if config.detach_every and s > 0 and s % config.detach_every == 0:
-            versions = [version.detach() for version in versions]
-            if config.key_update != "slow":  # slow keys have no history to cut: they are parameters
-                keys = keys.detach()
-        chunk = slice(start, start + C)
-        start += C
-
-        q = by_memory(query[:, chunk])
-        scores, slots, selected, sub_slots = product_key_address(q, keys, config.topk, *score)
-        slots = slots.flatten(-2)  # [M, P, H*k]
-        w = weights(scores, config.temperature, config.nonlinearity)
-        read = torch.stack([memory_read(versions[m], slots[m], w[m]) for m in range(M)])
-        reads.append(by_sequence(read))
-        all_slots.append(by_sequence(slots))
-        all_weights.append(by_sequence(w))
-        if s >= n_commits:
-            continue
-
-        # Token t stores the target of token t+L of its sequence; the last L tokens of the chunk have none.
-        y = target[:, chunk]
-        y = by_memory(torch.cat([y[:, L:], torch.zeros_like(y[:, :L])], dim=1))
-        has_target = torch.arange(C, device=gate.device) < C - L
-        residuals = by_memory(gate[:, chunk] * has_target).unsqueeze(-1) * (y - read)
-        kappa = write_scale(w, config.write_scale, C, L)
-        for m in range(M):
-            counts = torch.bincount(slots[m].flatten(), minlength=N)  # N_s
-            coefficients = config.learning_rate * kappa[m].unsqueeze(-1) * w[m] / counts[slots[m]]
-            versions[m] = _value_commit(versions[m], slots[m], coefficients, residuals[m])
-
-        losses.append(addressing_loss(_selected_sub_scores(q.detach(), keys, sub_slots, *score), sub_slots, n))
-        if keys_move:
-            rate = config.learning_rate * config.addressing_weight
-            keys = key_commit(q, keys, selected, sub_slots, None, rate, *score)
-
-    loss = torch.stack(losses).mean() if losses else values.new_zeros(())
-    output, slots, w = (torch.cat(parts, dim=1) for parts in (reads, all_slots, all_weights))
-    return Result(output, slots, w, keys, torch.stack(versions), loss)
+    options = config, chunk_lengths, training, commit_partial
+    if shared:
+        runs = [_run(query, target, gate, mask, keys[0], values, *options)]
+    else:
+        runs = [_run_row(query[b], target[b], gate[b], mask[b], reset[b], keys[b], values, *options) for b in range(B)]
+    losses = [loss for run in runs for loss in run.losses]
+    return Result(
+        torch.cat([run.output for run in runs]),
+        torch.cat([run.slots for run in runs]),
+        torch.cat([run.weights for run in runs]),
+        torch.stack([run.keys for run in runs]),
+        torch.stack([run.values for run in runs]),
+        torch.stack(losses).mean() if losses else values.new_zeros(()),
+    )

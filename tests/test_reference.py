@@ -30,6 +30,7 @@ def make_config(**options):
         "key_update": "fast",
         "scope": "sequence",
         "detach_every": None,
+        "log_dtype": "float32",
     }
     assert options.keys() <= defaults.keys()
     return SimpleNamespace(**{**defaults, **options})
