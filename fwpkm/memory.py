@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fwpkm.appendable import Appendable
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
 from fwpkm.config import MemoryConfig
 from fwpkm.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
 from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
@@ -222,7 +222,7 @@ class MemoryState:
         Raises:
             ValueError: in the ``shared`` scope, or for an index out of range.
         """
-        require(self.config.scope == "sequence", "config.scope", self.config.scope, "'sequence': rows with memories")
+        require_choice("config.scope", self.config.scope, ("sequence",))
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.keys.device)
         require_shape("indices", index, ("M",))
         if index.device.type == "cpu" and index.numel():
@@ -372,11 +372,11 @@ class MemoryState:
         if self.values.requires_grad or self.log.coefficients.requires_grad or self.log.residuals.requires_grad:
             return self
         if self.ragged:
-            kept = self.config.chunk_size - 1
+            kept = max(1, self.config.chunk_size - 1)
             records = self.last_records(kept)
             # left-aligned, as records stand
             shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)
-            index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(max(kept - 1, 0))
+            index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(kept - 1)
             records = [x[torch.arange(self.memories, device=x.device).unsqueeze(1), index] for x in records]
         else:
             width = self.filled - self.committed

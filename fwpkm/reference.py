@@ -242,7 +242,7 @@ def _run(
 
     score = config.score, config.score_eps
     keys_move = config.key_update == "fast" or (config.key_update == "train_only" and training)
-    rounded = getattr(config, "log_dtype", "float32") == "bfloat16" and not training
+    rounded = config.log_dtype == "bfloat16" and not training
     pieces, losses, start = [], [], 0
     for s, C in enumerate(lengths):
         if config.detach_every and s > 0 and s % config.detach_every == 0:
@@ -369,7 +369,7 @@ def fast_weight_memory(
     query, target, gate, keys, values = _double(query, target, gate, keys, values)
     B, T = gate.shape
     shared = config.scope == "shared"
-    require_choice("log_dtype", getattr(config, "log_dtype", "float32"), ("float32", "bfloat16"))
+    require_choice("log_dtype", config.log_dtype, ("float32", "bfloat16"))
     for name, given in (("mask", mask), ("reset", reset)):
         if given is not None:
             require_shape(name, given, (B, T))

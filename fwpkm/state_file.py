@@ -37,7 +37,7 @@ def save_state(state: MemoryState, path: str | Path) -> None:
         tensors["waiting"] = state.waiting
     if state.log is not None:
         filled = state.per_memory(state.filled)
-        width = int(filled.max())
+        width = max(1, int(filled.max()))
         written = torch.arange(width, device=filled.device) < filled.unsqueeze(1)
         for name, x in zip(_FIELDS, state.log.records.tensors, strict=True):
             # what stands behind a memory's last record is nobody's
@@ -57,9 +57,9 @@ def save_state(state: MemoryState, path: str | Path) -> None:
         "columns": state.columns,
         "counts": counts,
         "base": _fingerprint(state.base),
-        "tensors": _digest(tensors),
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header)}
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "version": str(VERSION), "state": text, "checksum": _digest(tensors, text)}
     write_atomically(path, save(tensors, metadata))
 
 
@@ -78,9 +78,9 @@ def load_state(path: str | Path, base: FastWeights) -> MemoryState:
         raise ValueError(f"{path} is not a memory state, or damaged: {error}") from error
     require(metadata.get("format") == FORMAT, f"the format of {path}", metadata.get("format"), FORMAT)
     require(metadata.get("version") == str(VERSION), f"the version of {path}", metadata.get("version"), "{}", VERSION)
-    header: dict[str, Any] = json.loads(metadata["state"])
-    intact = header["tensors"] == _digest(tensors)
+    intact = metadata.get("checksum") == _digest(tensors, metadata.get("state", ""))
     require(intact, f"the content of {path}", "damaged", "what was saved (its checksum differs)")
+    header: dict[str, Any] = json.loads(metadata["state"])
     found, expected = _fingerprint(base), header["base"]
     require(found == expected, "base", found, "the fast weights that the state of {} started from, {}", path, expected)
 
@@ -117,9 +117,9 @@ def _fingerprint(base: FastWeights) -> dict[str, Any]:
     return {"keys": list(base.keys.shape), "values": list(base.values.shape), "checksum": digest}
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes, dtypes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(tensors: dict[str, Tensor], text: str = "") -> str:
+    """Of names, shapes, dtypes and bytes, and of a text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())

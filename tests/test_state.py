@@ -1,0 +1,279 @@
+"""What a memory state promises: its log, copies, crops and files."""
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
+from tests.draws import seeds
+from tests.test_functional import OVERSHOT, Inputs, configs, dense, draw_inputs, sizes
+from tests.test_packing import flags, masks, run
+
+RECORDS = ("slots", "coefficients", "residuals", "chunks", "gates")
+
+
+@given(config=configs, seed=seeds, cuts=st.lists(st.integers(1, 19), max_size=4), stop=st.integers(1, 20), **sizes)
+def test_a_record_is_a_function_of_the_prefix(config, seed, cuts, stop, **size):
+    """The log of a prefix is the first part of the log of the whole, however either was cut into calls."""
+    inputs = draw_inputs(seed, **size)
+    config = dataclasses.replace(config, detach_every=None)
+    stop = min(stop, size["length"])
+    prefix = Inputs(*(x[:, :stop] for x in inputs[:3]), *inputs[3:])
+    leaf = inputs.values.clone().requires_grad_()  # the log of a graph is not folded
+    whole = run(inputs._replace(values=leaf), config, [c for c in cuts if c < size["length"]])[1].state
+    start = run(prefix._replace(values=leaf), config, [])[1].state
+    assume(whole.log.residuals.abs().max() < OVERSHOT)
+    assert start.filled == stop * start.columns
+    for name in RECORDS:
+        have = getattr(whole.log, name)[:, : start.filled]
+        assert_close(have, getattr(start.log, name)[:, : start.filled], rtol=1e-6, atol=1e-8)
+
+
+def test_the_record_of_a_token_has_the_residual_of_the_one_before():
+    """Section 3, by hand: slots and undivided coefficients of ``t``, residual of ``t - L``, 0 at a chunk's start."""
+    config = MemoryConfig(topk=2, chunk_size=4, write_scale="paper", key_update="slow", learning_rate=0.5)
+    inputs = draw_inputs(0, 1, 7, 1, 5)
+    leaf = inputs.values.clone().requires_grad_()
+    result = fast_weight_memory(*inputs[:3], FastWeights(inputs.keys, leaf), config)
+    log = result.state.log
+    assert torch.equal(log.slots, result.slots)
+    assert_close(log.coefficients, 0.5 * result.weights)
+    assert_close(log.gates, inputs.gate)
+    assert log.chunks[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    for t in range(7):
+        residual = inputs.gate[0, t - 1] * (inputs.target[0, t] - result.output[0, t - 1])
+        assert_close(log.residuals[0, t], torch.zeros(4).double() if t in (0, 4) else residual)
+
+
+def test_appends_copy_each_record_a_few_times_only():
+    """Token by token the records move to new tensors only when their room is used up: a logarithmic number of times."""
+    config = MemoryConfig(topk=1, chunk_size=8)
+    inputs = draw_inputs(0, 1, 300, 1, 40)
+    state, places = inputs.weights, set()
+    with torch.no_grad():
+        for t in range(300):
+            state = fast_weight_memory(*inputs.tokens(t, t + 1), state, config).state
+            places.add(state.log.residuals.data_ptr())
+    assert state.own_values is None
+    assert len(places) <= 10
+
+
+@given(config=configs, seed=seeds, masked=masks, **sizes)
+def test_a_fork_and_its_origin_go_their_own_ways(config, seed, masked, **size):
+    """Three continuations of one state, in any order, share no memory that one of them writes."""
+    inputs = draw_inputs(seed, **size)
+    mask = flags(seed, masked, size["batch"], size["length"])
+    with torch.no_grad():
+        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+        others = [draw_inputs(seed + i, **size)[:3] for i in (1, 2, 3)]
+        want = [fast_weight_memory(*x, state.detach(), config) for x in others]
+        first = fast_weight_memory(*others[0], state, config)
+        fork = fast_weight_memory(*others[1], state.fork(), config)
+        again = fast_weight_memory(*others[2], state, config)
+        for have, expected in zip((first, fork, again), want, strict=True):
+            assert torch.equal(have.output, expected.output)
+            assert torch.equal(dense(have.state), dense(expected.state))
+        on = [fast_weight_memory(*others[0], x.state, config).output for x in (first, fork, again)]
+        wanted = [fast_weight_memory(*others[0], x.state, config).output for x in want]
+        assert all(torch.equal(a, b) for a, b in zip(on, wanted, strict=True))
+
+
+@given(config=configs, seed=seeds, masked=masks, picks=st.lists(st.integers(0, 2), min_size=1, max_size=5), **sizes)
+def test_select(config, seed, masked, picks, **size):
+    """Rows reordered, dropped and repeated go on as those rows do."""
+    config = dataclasses.replace(config, scope="sequence")
+    size["batch"] = 3
+    inputs, more = draw_inputs(seed, **size), draw_inputs(seed + 1, **size)
+    mask = flags(seed, masked, 3, size["length"])
+    with torch.no_grad():
+        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+        want = fast_weight_memory(*more[:3], state, config)
+        have = fast_weight_memory(*more.rows(picks)[:3], state.select(picks), config)
+    assume(want.output.abs().max() < OVERSHOT)
+    assert_close(have.output, want.output[picks])
+    assert_close(dense(have.state), dense(want.state)[picks])
+
+
+@given(config=configs, seed=seeds, masked=masks, drop=st.integers(0, 6), **sizes)
+def test_crop(config, seed, masked, drop, **size):
+    """A state without its last tokens is the state before them; what is committed is not taken back."""
+    inputs, more = draw_inputs(seed, **size), draw_inputs(seed + 1, **size)
+    length = size["length"]
+    mask = flags(seed, masked, size["batch"], length)
+    if mask is not None:
+        mask[:, length - min(drop, length) :] = True
+    with torch.no_grad():
+        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+        open_tokens = torch.as_tensor(state.open_tokens).min()
+        if drop > open_tokens:
+            with pytest.raises(ValueError, match=f"tokens is {drop}; expected at most the {open_tokens} tokens of the"):
+                state.crop(drop)
+            return
+        assume(drop < length)
+        kept = None if mask is None else mask[:, : length - drop]
+        before = fast_weight_memory(*inputs.tokens(0, length - drop), inputs.weights, config, mask=kept).state
+        cropped = state.crop(drop)
+        want, have = (fast_weight_memory(*more[:3], x, config) for x in (before, cropped))
+        assume(want.output.abs().max() < OVERSHOT)
+        assert_close(have.output, want.output)
+        assert_close(dense(have.state), dense(want.state))
+        assert_close(have.state.keys, want.state.keys)
+        assert_close(have.addressing_loss, want.addressing_loss)
+        whole = fast_weight_memory(*more[:3], state, config)  # the state that was cropped is as it was
+        assert_close(dense(whole.state), dense(fast_weight_memory(*more[:3], state.detach(), config).state))
+
+
+def test_bfloat16_records():
+    """Residuals are kept in half the size, rounded alike in one call and token by token; training does not round."""
+    config = MemoryConfig(topk=2, chunk_size=4, key_update="slow", log_dtype="bfloat16")
+    inputs = draw_inputs(0, 2, 23, 1, 9).to(torch.float32)
+    with torch.no_grad():
+        output, whole = run(inputs, config, [])
+        pieces, last = run(inputs, config, list(range(1, 23)))
+        plain, _ = run(inputs, dataclasses.replace(config, log_dtype="float32"), [])
+        trained, _ = run(inputs, config, [], training=True)
+    assert whole.state.log.residuals.dtype == last.state.log.residuals.dtype == torch.bfloat16
+    assert torch.equal(whole.state.log.residuals, last.state.log.residuals[:, :23])
+    assert_close(pieces, output)
+    assert not torch.equal(plain, output)
+    assert_close(plain, output, rtol=0.05, atol=0.05)
+    assert_close(trained, plain)
+
+
+@given(config=configs, seed=seeds, masked=masks, log_dtype=st.sampled_from(["float32", "bfloat16"]), **sizes)
+def test_save_and_load(config, seed, masked, log_dtype, tmp_path_factory, **size):
+    """A state read back from a file goes on as the one that was saved."""
+    config = dataclasses.replace(config, log_dtype=log_dtype)
+    inputs, more = draw_inputs(seed, **size), draw_inputs(seed + 1, **size)
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    with torch.no_grad():
+        mask = flags(seed, masked, size["batch"], size["length"])
+        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+        state.save(path)
+        loaded = MemoryState.load(path, inputs.weights)
+        want, have = (fast_weight_memory(*more[:3], x, config) for x in (state, loaded))
+    assert torch.equal(have.output, want.output)
+    assert torch.equal(dense(have.state), dense(want.state))
+    assert [p.name for p in path.parent.iterdir()] == ["state.safetensors"]
+    assert MemoryState.load(path, inputs.weights).config == config
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[MemoryState, Inputs, Path]:
+    config = MemoryConfig(topk=2, chunk_size=4)
+    inputs = draw_inputs(3, 2, 10, 1, 9)
+    state = fast_weight_memory(*inputs[:3], inputs.weights, config).state
+    state.save(tmp_path / "state.safetensors")
+    return state, inputs, tmp_path / "state.safetensors"
+
+
+def test_a_damaged_file_is_refused(saved):
+    """Any byte changed, anywhere, or any part missing: one line that names the file; never a wrong state."""
+    _, inputs, path = saved
+    content = path.read_bytes()
+    for place in range(0, len(content), 131):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"state\.safetensors|expected|base is"):
+            MemoryState.load(path, inputs.weights)
+    for length in (0, 7, 100, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"state\.safetensors is not a memory state, or damaged"):
+            MemoryState.load(path, inputs.weights)
+
+
+def test_a_foreign_file_is_refused(saved, tmp_path):
+    state, inputs, path = saved
+    other = FastWeights(inputs.keys, inputs.values + 1e-6)
+    with pytest.raises(ValueError, match=r"base is .*; expected the fast weights that the state of .* started from"):
+        MemoryState.load(path, other)
+    with pytest.raises(ValueError, match=r"base is .*; expected the fast weights"):
+        MemoryState.load(path, draw_inputs(3, 2, 10, 1, 8).weights)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"the format of .* is None; expected fwpkm.MemoryState"):
+        MemoryState.load(path, inputs.weights)
+    with pytest.raises(OSError, match="nowhere"):
+        MemoryState.load(tmp_path / "nowhere", inputs.weights)
+    loaded = dataclasses.replace(state.config, topk=3)
+    state.save(path)
+    with pytest.raises(ValueError, match=r"config is .*; expected the configuration of the state"):
+        fast_weight_memory(*inputs[:3], MemoryState.load(path, inputs.weights), loaded)
+
+
+def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
+    state, inputs, path = saved
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        fast_weight_memory(*inputs[:3], state, state.config).state.save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_kill_while_saving_leaves_a_whole_file(saved, tmp_path):
+    """Killed again and again while it saves two states in turn, a program leaves the one or the other."""
+    _, inputs, path = saved
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tests.test_state import draw_inputs, fast_weight_memory, MemoryConfig
+inputs = draw_inputs(3, 2, 10, 1, 9)
+config = MemoryConfig(topk=2, chunk_size=4)
+states = [fast_weight_memory(*inputs.tokens(0, n), inputs.weights, config).state for n in (4, 9)]
+print("ready", flush=True)
+while True:
+    for state in states:
+        state.save({str(path)!r})
+"""
+    for attempt in range(4):
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.05 + 0.013 * attempt)
+            process.send_signal(signal.SIGKILL)
+        assert MemoryState.load(path, inputs.weights).position in (4, 9)
+
+
+def test_memory_that_nobody_wrote_is_not_saved(tmp_path):
+    """What stands behind a row's last record may be another's: it never reaches a file."""
+    config = MemoryConfig(topk=1, chunk_size=4, key_update="slow")
+    inputs = draw_inputs(0, 2, 12, 1, 9)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 3:] = False
+    state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+    state.log.records.tensors[2][1, 3:] = 12345.0
+    state.save(tmp_path / "state")
+    loaded = MemoryState.load(tmp_path / "state", inputs.weights)
+    assert loaded.log.residuals.max() < 100
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.select([2]), r"indices is \[2\]; expected memories in \[0, 2\)"),
+        (lambda s: s.select([[0]]), r"indices.shape is \[1, 1\]; expected \[M\]"),
+        (lambda s: s.crop(-1), "tokens is -1; expected at most the 2 tokens of the open chunk"),
+        (lambda s: s.fold(), "memories is 2; expected 1"),
+        (
+            lambda s: dataclasses.replace(s, config=dataclasses.replace(s.config, scope="shared")).select([0]),
+            "config.scope is 'shared'; expected 'sequence'",
+        ),
+    ],
+)
+def test_bad_use(saved, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(saved[0])
