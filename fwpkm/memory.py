@@ -16,6 +16,7 @@ from fwpkm.checks import require, require_choice, require_dtype, require_fast_we
 from fwpkm.config import MemoryConfig
 from fwpkm.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
 from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
+from fwpkm.packing import rows
 from fwpkm.write_log import WriteLog
 
 
@@ -198,23 +199,39 @@ class MemoryState:
     def dense_values(self) -> Tensor:
         """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy."""
         values = self.values.repeat(self.memories, 1) if self.own_values is None else self.own_values.clone()
-        if self.log is None:
-            return values
-        memory = torch.arange(self.memories, device=values.device).unsqueeze(1)
-        index = torch.arange(self.log.slots.shape[1], device=values.device)
+        return values if self.log is None else memory_write_(values, *self._writes(self.log))
+
+    def write_back(self) -> None:
+        """Write what this state (``M = 1``) has committed into the starting point that it refers to, in place.
+
+        Only the rows that were written to change, and keys if they have moved. Other states that started there are
+        worth nothing afterwards.
+        """
+        require(self.memories == 1, "memories", self.memories, "1: a starting point is written by one memory")
+        keys, values = self.base.all_keys.detach(), self.base.values.detach()
+        if self.own_values is not None:
+            values.copy_(self.own_values)
+        if self.log is not None:
+            memory_write_(values, *self._writes(self.log.detach()))
+        if self.keys.data_ptr() != keys.data_ptr():
+            keys.copy_(self.keys.detach())
+
+    def _writes(self, log: WriteLog) -> tuple[Tensor, Tensor, Tensor]:
+        """What the committed records add to the memories' values ``[M * N, Dv]``: slots, coefficients, residuals."""
+        memory = torch.arange(self.memories, device=self.keys.device).unsqueeze(1)
+        index = torch.arange(log.slots.shape[1], device=self.keys.device)
         lengths = self.per_memory(self.committed).unsqueeze(1)
-        counts_in = (index < lengths).unsqueeze(-1) & (self.log.slots >= 0)
-        slots = torch.where(counts_in, self.log.slots, 0)
+        counts_in = (index < lengths).unsqueeze(-1) & (log.slots >= 0)
+        slots = torch.where(counts_in, log.slots, 0)
         # entries that do not count are a chunk of their own, and write nothing
-        chunk = torch.where(counts_in, self.log.chunks.unsqueeze(-1), -1) * self.memories + memory.unsqueeze(-1)
+        chunk = torch.where(counts_in, log.chunks.unsqueeze(-1), -1) * self.memories + memory.unsqueeze(-1)
         counts = reads_of_slot(slots.flatten(1).unsqueeze(-1), chunk.flatten(1), self.n_slots).view(slots.shape)
-        ahead = self.log.lookahead
-        carrier = (index + ahead).clamp_max(index.numel() - 1)
-        writes = (index + ahead < lengths) & (self.log.chunks[:, carrier] == self.log.chunks)
-        coefficients = torch.where(counts_in & writes.unsqueeze(-1), self.log.coefficients / counts, 0.0)
-        residuals = torch.where(writes.unsqueeze(-1), self.log.residuals[:, carrier].to(values.dtype), 0.0)
+        carrier = (index + log.lookahead).clamp_max(index.numel() - 1)
+        writes = (index + log.lookahead < lengths) & (log.chunks[:, carrier] == log.chunks)
+        coefficients = torch.where(counts_in & writes.unsqueeze(-1), log.coefficients / counts, 0.0)
+        residuals = torch.where(writes.unsqueeze(-1), log.residuals[:, carrier].to(coefficients.dtype), 0.0)
         slots = slots + (memory * self.n_slots).unsqueeze(-1)
-        return memory_write_(values, slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1))
+        return slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1)
 
     def select(self, indices: Tensor | Sequence[int]) -> MemoryState:
         """The memories ``indices`` (of the ``sequence`` scope; repeated ones as often as named), as a beam search does.
@@ -230,8 +247,8 @@ class MemoryState:
             fits = low >= 0 and high < self.memories
             require(fits, "indices", index.tolist(), "memories in [0, {})", self.memories)
 
-        def rows(x: int | Tensor) -> int | Tensor:
-            return x[index] if isinstance(x, Tensor) else x
+        def of(count: int | Tensor) -> int | Tensor:
+            return count[index] if isinstance(count, Tensor) else count
 
         own = self.own_values
         return dataclasses.replace(
@@ -244,10 +261,10 @@ class MemoryState:
             log=None if self.log is None else dataclasses.replace(self.log, records=self.log.records.select(index)),
             open=None if self.open is None else self.open.select(index),
             waiting=None if self.waiting is None else self.waiting[index],
-            position=rows(self.position),
-            origin=rows(self.origin),
-            commits=rows(self.commits),
-            committed=rows(self.committed),
+            position=of(self.position),
+            origin=of(self.origin),
+            commits=of(self.commits),
+            committed=of(self.committed),
             memories=index.numel(),
         )
 
@@ -334,8 +351,7 @@ class MemoryState:
             return [x[:, self.filled - width : self.filled] for x in records.tensors]
         index = self.filled.unsqueeze(1) + torch.arange(-width, 0, device=self.keys.device)
         is_open = index >= self.per_memory(self.committed).unsqueeze(1)
-        rows = torch.arange(self.memories, device=self.keys.device).unsqueeze(1)
-        found = [x[rows, index.clamp_min(0)] for x in records.tensors]
+        found = [rows(x, index.clamp_min(0)) for x in records.tensors]
         return [torch.where(is_open.view(*is_open.shape, *(1,) * (x.dim() - 2)), x, 0) for x in found]
 
     def open_mask(self) -> Tensor:
@@ -377,7 +393,7 @@ class MemoryState:
             # left-aligned, as records stand
             shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)
             index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(kept - 1)
-            records = [x[torch.arange(self.memories, device=x.device).unsqueeze(1), index] for x in records]
+            records = [rows(x, index) for x in records]
         else:
             width = self.filled - self.committed
             assert isinstance(width, int)

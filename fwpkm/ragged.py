@@ -28,6 +28,7 @@ from fwpkm.formulas import (
 )
 from fwpkm.memory import COUNTS, MemoryState
 from fwpkm.ops import key_commit, memory_scan, product_key_address
+from fwpkm.packing import last, rows, unmasked_first
 from fwpkm.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
 
 
@@ -39,17 +40,11 @@ def read_ragged(
     final = None if sequence is None else sequence[:, -1]
     if tokens.mask is None:
         return _read(state, tokens, sequence, final, training)
-    order = tokens.mask.logical_not().sort(dim=1, stable=True).indices  # unmasked tokens first, in their order
-    compact = tokens.map(lambda x: _rows(x, order))
-    sequence = None if sequence is None else _rows(sequence, order)
+    order, back = unmasked_first(tokens.mask)
+    compact = tokens.map(lambda x: rows(x, order))
+    sequence = None if sequence is None else rows(sequence, order)
     read, state, losses = _read(state, compact, sequence, final, training)
-    back = order.argsort(dim=1)
-    return Read(*(_rows(x, back) for x in read)), state, losses
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x[m, index[m, i]]``: ``[M, T, ...]``, ``[M, I]`` -> ``[M, I, ...]``."""
-    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
+    return Read(*(rows(x, back) for x in read)), state, losses
 
 
 def _where(condition: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
@@ -87,7 +82,7 @@ class _Layout:
         self.offset = coordinate - self.chunk
         end = self.chunk + kept - already  # the token that is the last of a full chunk
         found = end.clamp(0, length - 1)
-        same = _rows(self.valid, found) & (_rows(self.chunk, found) == self.chunk)
+        same = rows(self.valid, found) & (rows(self.chunk, found) == self.chunk)
         self.complete = self.valid & (end < length) & same
         ends = self.valid & (coordinate == kept) & (self.chunk == 0) & (self.sequence == 0) & (already > 0)
         self.before_complete = ends.any(1)
@@ -217,19 +212,18 @@ def _read(
         begin = (layout.valid & (sequence < final.unsqueeze(1))).sum(1)
         added = count - begin
         index = (begin.unsqueeze(1) + torch.arange(length, device=count.device)).clamp_max(length - 1)
-        state, records = _restart(state, final > 0), [_rows(x, index) for x in records]
+        state, records = _restart(state, final > 0), [rows(x, index) for x in records]
     state = state.record(records, training)
 
     window = [(before.sub_scores, address.sub_scores), (before.sub_slots, address.sub_slots)]
     if before.queries is not None and keys_commit(config, training):
         window.append((before.queries, tokens.query))
-    last = count.unsqueeze(1) + torch.arange(kept, device=count.device)
     whole = (state.open_tokens + added) // config.chunk_size
     state = dataclasses.replace(
         state,
         keys=address.keys,
-        open=Appendable.of([_rows(torch.cat(pair, 1), last) for pair in window]),
-        waiting=_rows(reads, count.unsqueeze(1) + torch.arange(lookahead, device=count.device)),
+        open=Appendable.of([last(*pair, count) for pair in window]),
+        waiting=last(before.waiting, output, count),
         position=state.position + added,
         commits=state.commits + whole,
         committed=state.committed + whole * config.chunk_size,
@@ -240,15 +234,15 @@ def _read(
     return Read(output, _where(layout.valid, slots, 0), weights), state, address.losses
 
 
-def _restart(state: MemoryState, rows: Tensor) -> MemoryState:
-    """The state with nothing read in the memories ``rows [M]``."""
-    counts: dict[str, Any] = {name: torch.where(rows, 0, state.per_memory(getattr(state, name))) for name in COUNTS}
+def _restart(state: MemoryState, which: Tensor) -> MemoryState:
+    """The state with nothing read in the memories ``which [M]``."""
+    counts: dict[str, Any] = {name: torch.where(which, 0, state.per_memory(getattr(state, name))) for name in COUNTS}
     log, own = state.log, state.own_values
     if log is not None:  # their records will be written over
         log = dataclasses.replace(log, records=log.records.unshared())
     if own is not None:
         by_memory = own.unflatten(0, (state.memories, -1))
-        own = _where(rows, state.base.values.expand_as(by_memory), by_memory).flatten(0, 1)
+        own = _where(which, state.base.values.expand_as(by_memory), by_memory).flatten(0, 1)
     return dataclasses.replace(state, log=log, own_values=own, **counts)
 
 

@@ -90,6 +90,24 @@ def test_a_fork_and_its_origin_go_their_own_ways(config, seed, masked, **size):
         assert all(torch.equal(a, b) for a, b in zip(on, wanted, strict=True))
 
 
+@given(config=configs, seed=seeds, **sizes)
+def test_write_back(config, seed, **size):
+    """What a state has committed goes into its starting point in place; rows that nobody wrote stay as they were."""
+    config = dataclasses.replace(config, scope="shared")
+    inputs = draw_inputs(seed, **size)
+    result = fast_weight_memory(*inputs[:3], inputs.weights, config, commit_partial=True, training=True)
+    assume(result.output.abs().max() < OVERSHOT)
+    want, before = result.state.fold(), inputs.values.clone()
+    place = inputs.values.data_ptr()
+    result.state.write_back()
+    assert inputs.values.data_ptr() == place
+    assert_close(inputs.values, want.values)
+    assert_close(inputs.keys, want.keys)
+    untouched = torch.ones(inputs.values.shape[0], dtype=torch.bool)
+    untouched[result.slots.flatten()] = False
+    assert torch.equal(inputs.values[untouched], before[untouched])
+
+
 @given(config=configs, seed=seeds, masked=masks, picks=st.lists(st.integers(0, 2), min_size=1, max_size=5), **sizes)
 def test_select(config, seed, masked, picks, **size):
     """Rows reordered, dropped and repeated go on as those rows do."""
