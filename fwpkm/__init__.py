@@ -3,9 +3,8 @@
 __version__ = "0.1.0"
 
 from fwpkm import layers, models, ops  # transformers' Auto classes know the model from here on
-from fwpkm.config import MemoryConfig
 from fwpkm.functional import MemoryResult, fast_weight_memory
-from fwpkm.memory import FastWeights, MemoryState
+from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
 
 __all__ = [
     "FastWeights",

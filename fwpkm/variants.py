@@ -14,7 +14,6 @@ import torch
 
 import fwpkm
 from fwpkm.checks import require
-from fwpkm.config import KEY_UPDATES, WRITE_SCALES
 from fwpkm.data.text import load_split, standard_library, text_files
 from fwpkm.demo import (
     DemoSettings,
@@ -28,6 +27,7 @@ from fwpkm.demo import (
 )
 from fwpkm.evaluation.recall import ask
 from fwpkm.files import write_atomically
+from fwpkm.memory import KEY_UPDATES, WRITE_SCALES
 from fwpkm.training.needles import NeedleTraining
 
 QUERY_CONVS = (0, 4, 8, 16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory, reference
-from fwpkm.config import KEY_UPDATES, NONLINEARITIES, SCOPES, WRITE_SCALES
+from fwpkm.memory import KEY_UPDATES, NONLINEARITIES, SCOPES, WRITE_SCALES
 from tests.draws import Draw, seeds
 
 configs = st.builds(

@@ -9,11 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, fast_weight_memory
-from fwpkm.config import KEY_UPDATES
 from fwpkm.layers import FwPKM
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.fwpkm import zscore
 from fwpkm.layers.mixers import sliding_window_attention
+from fwpkm.memory import KEY_UPDATES
 from tests.draws import Draw, seeds
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
-from fwpkm.formulas import reads_of_slot, relative_write_scale
+from fwpkm.memory.formulas import reads_of_slot, relative_write_scale
 from tests.draws import Draw
 
 QUERY, TARGET, GATE = torch.randn(2, 6, 1, 4), torch.randn(2, 6, 3), torch.rand(2, 6)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fwpkm.config import KEY_UPDATES
+from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMConfig, FwPKMForCausalLM
 from tests.draws import Draw, seeds
 

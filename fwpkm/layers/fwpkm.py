@@ -10,10 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fwpkm.checks import require, require_shape
-from fwpkm.config import MemoryConfig
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
-from fwpkm.memory import FastWeights, MemoryState
+from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
 
 
 class LayerState(NamedTuple):

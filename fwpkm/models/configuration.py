@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from fwpkm.checks import require, require_choice
-from fwpkm.config import MemoryConfig
 from fwpkm.layers.mixers import WINDOWED
+from fwpkm.memory import MemoryConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

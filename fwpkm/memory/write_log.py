@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fwpkm.appendable import Appendable
+from fwpkm.memory.appendable import Appendable
 from fwpkm.ops import Log
 
 

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fwpkm.appendable import Appendable
 from fwpkm.checks import require
-from fwpkm.config import MemoryConfig
 from fwpkm.files import write_atomically
-from fwpkm.memory import COUNTS, FastWeights, MemoryState
-from fwpkm.write_log import WriteLog
+from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.config import MemoryConfig
+from fwpkm.memory.state import COUNTS, FastWeights, MemoryState
+from fwpkm.memory.write_log import WriteLog
 
 FORMAT, VERSION = "fwpkm.MemoryState", 1
 _FIELDS = ("slots", "coefficients", "residuals", "chunks", "gates")

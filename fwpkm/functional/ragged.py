@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.appendable import Appendable
-from fwpkm.formulas import (
+from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
+from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.formulas import (
     addressing_loss,
     keys_commit,
     read_weights,
@@ -26,10 +27,9 @@ from fwpkm.formulas import (
     subkey_usage,
     write_coefficients,
 )
-from fwpkm.memory import COUNTS, MemoryState
+from fwpkm.memory.packing import last, rows, unmasked_first
+from fwpkm.memory.state import COUNTS, MemoryState
 from fwpkm.ops import key_commit, memory_scan, product_key_address
-from fwpkm.packing import last, rows, unmasked_first
-from fwpkm.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
 
 
 def read_ragged(
@@ -172,7 +172,7 @@ def _read(
     """
     config = state.config
     length = tokens.gate.shape[1]
-    kept, lookahead = config.chunk_size - 1, config.lookahead
+    lookahead = config.lookahead
     count = state.per_memory(length) if tokens.mask is None else tokens.mask.sum(1)
     layout, before = _Layout(state, count, length, sequence), _Before.of(state, tokens.query)
     check_kept_queries(state, keys_commit(config, training), training)

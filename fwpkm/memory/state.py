@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.appendable import Appendable
 from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
-from fwpkm.config import MemoryConfig
-from fwpkm.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
+from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.config import MemoryConfig
+from fwpkm.memory.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
+from fwpkm.memory.packing import rows
+from fwpkm.memory.write_log import WriteLog
 from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
-from fwpkm.packing import rows
-from fwpkm.write_log import WriteLog
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class MemoryState:
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file: whole, or not at all. The base values are not in it."""
-        from fwpkm.state_file import save_state  # a file format is built on what it holds
+        from fwpkm.memory.state_file import save_state  # a file format is built on what it holds
 
         save_state(self, path)
 
@@ -320,14 +320,14 @@ class MemoryState:
         Raises:
             ValueError: if the file is no state, is damaged, of another version, or of memories with another base.
         """
-        from fwpkm.state_file import load_state
+        from fwpkm.memory.state_file import load_state
 
         return load_state(path, base)
 
     # What reading builds new states with
 
     def record(self, records: Sequence[Tensor], training: bool) -> MemoryState:
-        """Add records, with the fields of :class:`fwpkm.write_log.WriteLog`, to the log; the counts stay as they are.
+        """Add records, with the fields of :class:`fwpkm.memory.WriteLog`, to the log; the counts stay as they are.
 
         In a ragged state they stand from :attr:`filled` on, over whatever is there.
         """

@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor
 
 from fwpkm.checks import require, require_dtype, require_shape
-from fwpkm.columns import read_columns
-from fwpkm.config import MemoryConfig
-from fwpkm.formulas import addressing_loss, subkey_usage
-from fwpkm.memory import FastWeights, MemoryState
-from fwpkm.ragged import read_ragged
-from fwpkm.tokens import ChunkLosses, Read, Tokens
+from fwpkm.functional.columns import read_columns
+from fwpkm.functional.ragged import read_ragged
+from fwpkm.functional.tokens import ChunkLosses, Read, Tokens
+from fwpkm.memory.config import MemoryConfig
+from fwpkm.memory.formulas import addressing_loss, subkey_usage
+from fwpkm.memory.state import FastWeights, MemoryState
 
 
 class MemoryResult(NamedTuple):

@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.appendable import Appendable
-from fwpkm.formulas import (
+from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
+from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.formulas import (
     addressing_loss,
     keys_commit,
     read_weights,
@@ -20,9 +21,8 @@ from fwpkm.formulas import (
     subkey_usage,
     write_coefficients,
 )
-from fwpkm.memory import MemoryState
+from fwpkm.memory.state import MemoryState
 from fwpkm.ops import key_commit, memory_scan, product_key_address
-from fwpkm.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
 
 
 def read_columns(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Read, MemoryState, ChunkLosses]:

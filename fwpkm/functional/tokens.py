@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fwpkm.checks import require
-from fwpkm.config import MemoryConfig
-from fwpkm.memory import MemoryState
+from fwpkm.memory.config import MemoryConfig
+from fwpkm.memory.state import MemoryState
 from fwpkm.ops import product_key_address
 
 

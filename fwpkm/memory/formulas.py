@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fwpkm.config import MemoryConfig
+from fwpkm.memory.config import MemoryConfig
 from fwpkm.ops.key_commit import mean_usage
 
 
