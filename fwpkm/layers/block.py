@@ -6,7 +6,9 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
+from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM, LayerResult, LayerState
+from fwpkm.layers.pkm import ProductKeyMemory
 
 
 class BlockResult(NamedTuple):
@@ -17,27 +19,65 @@ class BlockResult(NamedTuple):
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """transformers' Qwen3 decoder layer with, optionally, a memory before its attention.
+    """A token mixer and an MLP, each after a norm and added to its input, with, optionally, a memory before them.
+
+    The mixer is Qwen3's attention or, for ``"linear_attention"``, a :class:`GatedDeltaNet`; in the blocks of
+    ``config.pkm_layers`` a :class:`ProductKeyMemory` stands in the place of the MLP.
 
     Args:
-        config: a transformers configuration with Qwen3's fields.
-        layer_idx: which block this is; ``config.layer_types[layer_idx]`` says how it attends.
+        config: a :class:`fwpkm.models.FwPKMConfig`.
+        layer_idx: which block this is.
         memory: the memory layer, or None.
     """
 
     def __init__(self, config: Any, layer_idx: int, memory: FwPKM | None = None) -> None:
         super().__init__()
+        linear = config.layer_types[layer_idx] == "linear_attention"
         self.memory = memory
         self.mixer_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = Qwen3Attention(config, layer_idx)
+        self.mixer = (GatedDeltaNet if linear else Qwen3Attention)(config, layer_idx)
         self.mlp_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = _product_key_memory(config) if layer_idx in config.pkm_layers else Qwen3MLP(config)
 
-    def forward(self, hidden: Tensor, memory_state: LayerState | None = None, **attention: Any) -> BlockResult:
-        """``hidden [B, T, D]``; ``attention``: the arguments of transformers' attention modules."""
+    def forward(
+        self,
+        hidden: Tensor,
+        memory_state: LayerState | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        past_key_values: Any = None,
+        **attention: Any,
+    ) -> BlockResult:
+        """Read a piece of ``B`` rows.
+
+        Args:
+            hidden: ``[B, T, D]``.
+            memory_state: where the memory stopped reading.
+            mask: ``[B, T]`` bool, false at tokens to skip.
+            starts: ``[B, T]`` bool, true where a sequence begins inside a row.
+            past_key_values: transformers' cache.
+            attention: further arguments of transformers' attention modules: positions, and a mask that says what
+                ``mask`` and ``starts`` say.
+        """
         result = None
         if self.memory is not None:
-            result = self.memory.read_and_write(hidden, memory_state)
+            result = self.memory.read_and_write(hidden, memory_state, mask, starts)
             hidden = result.hidden
-        hidden = hidden + self.mixer(self.mixer_norm(hidden), **attention)[0]
+        mixed = self.mixer_norm(hidden)
+        if isinstance(self.mixer, GatedDeltaNet):
+            mixed = self.mixer(mixed, past_key_values, mask, starts)
+        else:
+            mixed = self.mixer(mixed, past_key_values=past_key_values, **attention)[0]
+        hidden = hidden + mixed
         return BlockResult(hidden + self.mlp(self.mlp_norm(hidden)), result)
+
+
+def _product_key_memory(config: Any) -> ProductKeyMemory:
+    return ProductKeyMemory(
+        config.hidden_size,
+        n_subkeys=config.pkm_n_subkeys,
+        key_dim=config.pkm_key_dim,
+        value_dim=config.pkm_value_dim,
+        heads=config.pkm_heads,
+        topk=config.pkm_topk,
+    )

@@ -3,6 +3,7 @@
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 
 class CausalConvolution(nn.Module):
@@ -22,13 +23,47 @@ class CausalConvolution(nn.Module):
         """
         nn.init.normal_(self.weight, std=2 * self.width**-0.5)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x [B, T, D]``, the ``width - 1`` inputs before it (None at the start) -> output, the last inputs now."""
-        if past is None:
-            past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
-        padded = torch.cat((past, x), dim=1)
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        """``x + conv(x) [B, T, D]``; the arguments are those of :func:`causal_convolution`."""
+        return x + causal_convolution(x, self.weight.to(x.dtype), past, mask, starts)[0]
+
+
+def causal_convolution(
+    x: Tensor, weight: Tensor, past: Tensor | None = None, mask: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with weights of its own: output ``t`` is ``sum_d weight[:, -1 - d] * x[t - d]``.
+
+    Args:
+        x: ``[B, T, D]``.
+        weight: ``[D, width]``.
+        past: the ``width - 1`` inputs before ``x``, ``[B, width - 1, D]``, or None at the start of the sequences.
+        mask: ``[B, T]`` bool; a sequence is its unmasked tokens, as if the others were not there.
+        starts: ``[B, T]`` bool, true at (unmasked) tokens that begin a sequence, which sees nothing before them.
+
+    Returns:
+        ``[B, T, D]``, zero where masked, and ``past`` for the next call.
+    """
+    length, reach = x.shape[1], weight.shape[1] - 1
+    x = torch.cat((x.new_zeros(x.shape[0], reach, x.shape[2]) if past is None else past, x), dim=1)
+    sequence = None if starts is None else pad(starts.cumsum(1), (reach, 0))
+    if mask is not None:  # to the front with masked inputs, where no output reaches them
+        order = pad(mask, (reach, 0), value=True).int().argsort(dim=1, stable=True)
+        x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+        sequence = None if sequence is None else sequence.gather(1, order)
+    if sequence is None:
         # As an image of one row in channels-last layout, which a depthwise convolution reads without a transposition.
-        image = rearrange(padded, "b t d -> b d 1 t")
-        kernel = rearrange(self.weight, "d w -> d 1 1 w")
-        y = nn.functional.conv2d(image, kernel.to(x.dtype), groups=x.shape[2])
-        return x + rearrange(y, "b d 1 t -> b t d"), padded[:, x.shape[1] :]
+        image, kernel = rearrange(x, "b t d -> b d 1 t"), rearrange(weight, "d w -> d 1 1 w")
+        y = rearrange(nn.functional.conv2d(image, kernel, groups=x.shape[2]), "b d 1 t -> b t d")
+        past = x[:, length:]
+    else:
+        y = torch.zeros_like(x[:, reach:])
+        for i in range(reach + 1):
+            same = sequence[:, i : i + length] == sequence[:, reach:]
+            y = y + same.unsqueeze(-1) * weight[:, i] * x[:, i : i + length]
+        past = x[:, length:] * (sequence[:, length:] == sequence[:, -1:]).unsqueeze(-1)
+    if mask is not None:  # and back to their places
+        place = (length - mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0)
+        y = torch.where(mask.unsqueeze(-1), y.gather(1, place.unsqueeze(-1).expand_as(y)), 0)
+    return y, past

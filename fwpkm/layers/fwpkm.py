@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,15 +13,33 @@ from torch import Tensor, nn
 from fwpkm.checks import require, require_shape
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
+from fwpkm.layers.weights import MemoryWeights
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
+from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.packing import last, rows, unmasked_first
 
 
 class LayerState(NamedTuple):
-    """Where a layer stopped reading: its memories, and the last inputs of its convolutions (None without them)."""
+    """Where a layer stopped reading: its memories, and the last inputs that its convolutions need (or None)."""
 
     memory: MemoryState
-    query_inputs: Tensor | None  # [B, query_conv - 1, D]
-    gate_inputs: Tensor | None  # [B, query_conv - 1, D]
+    inputs: Appendable | None  # [B, >= query_conv - 1, D], ending with the last token of each row; zeros before it
+
+    def select(self, indices: Tensor) -> LayerState:
+        """The rows ``indices``, as :meth:`fwpkm.MemoryState.select`."""
+        return LayerState(self.memory.select(indices), self.inputs and self.inputs.select(indices))
+
+    def crop(self, tokens: int, reach: int) -> LayerState:
+        """Without the last ``tokens`` of every row, as :meth:`fwpkm.MemoryState.crop`.
+
+        ``reach``: how many inputs before a token its convolution needs.
+        """
+        memory = self.memory.crop(tokens)
+        if self.inputs is None:
+            return LayerState(memory, None)
+        known = self.inputs.used - reach
+        require(tokens <= known, "tokens", tokens, "at most {}, read since the last call with a mask", known)
+        return LayerState(memory, self.inputs.drop(tokens))
 
 
 class LayerResult(NamedTuple):
@@ -32,15 +51,18 @@ class LayerResult(NamedTuple):
     memory: MemoryResult
 
 
-class FwPKM(nn.Module):
+class FwPKM(MemoryWeights):
     """A layer that reads from and writes to a fast-weight memory of ``n_subkeys ** 2`` slots.
 
     ``q = Wq RMSNorm(h)``, ``y = zscore(Wv RMSNorm(h))``, ``g = sigmoid(Wg RMSNorm(h))``; with ``v`` what the memory
     gives for ``q``, the result is ``h + Wo RMSNorm(g v + (1 - g) y)``. It sits before a block's token mixer.
 
-    ``keys`` and ``values`` are float32 buffers (``keys`` a parameter with ``key_update="slow"``), stay float32 in a
-    model cast to another dtype, and are never written by a forward: every sequence starts from them and goes on by
-    itself.
+    ``keys`` and ``values`` are float32 buffers, or parameters (``keys`` with ``key_update="slow"``, ``values`` with
+    ``learn_initial_values``), stay float32 in a model cast to half precision, and are never written by a forward.
+    In the ``sequence`` scope, and always in evaluation, every sequence starts from them and goes on by itself. In the
+    ``shared`` scope a training forward on new sequences (``state=None``) writes to one memory for the batch; what it
+    has stored waits as ``pending`` until :meth:`commit` writes it into the buffers, which the language model does
+    before its next training forward. Checkpointed, repeated and evaluation forwards so change nothing.
 
     Args:
         hidden_size: ``D``.
@@ -51,10 +73,9 @@ class FwPKM(nn.Module):
         query_conv: width of a causal depthwise convolution on the inputs of the query and of the gate, so that an
             address and what is worth storing depend on the last few tokens; 0 for none, as in the paper.
         config: how the memory addresses, reads and writes.
+        learn_initial_values: whether gradients reach the values that every sequence starts from; with
+            ``config.detach_every``, from the chunks before the first cut.
     """
-
-    keys: Tensor
-    values: Tensor
 
     def __init__(
         self,
@@ -65,16 +86,16 @@ class FwPKM(nn.Module):
         heads: int = 1,
         query_conv: int = 0,
         config: MemoryConfig = MemoryConfig(),
+        learn_initial_values: bool = False,
     ) -> None:
-        super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("n_subkeys", n_subkeys), ("value_dim", value_dim)):
-            require(size >= 1, name, size, "a positive integer")
-        require(key_dim >= 2 and key_dim % 2 == 0, "key_dim", key_dim, "a positive even number, one half a codebook")
-        require(heads >= 1, "heads", heads, "a positive integer")
+        learn_keys = config.key_update == "slow"
+        super().__init__(n_subkeys, key_dim, value_dim, heads, learn_keys, learn_initial_values)
+        require(hidden_size >= 1, "hidden_size", hidden_size, "a positive integer")
         require(query_conv >= 0, "query_conv", query_conv, "a width, or 0 for none")
         require(config.topk <= n_subkeys, "config.topk", config.topk, "at most n_subkeys ({})", n_subkeys)
+        persists = config.scope == "shared" and learn_initial_values
+        require(not persists, "learn_initial_values", True, "False with scope 'shared': its memory is written there")
         self.config = config
-        self.heads = heads
         self.query_norm = nn.RMSNorm(hidden_size)
         self.query = nn.Linear(hidden_size, heads * key_dim)
         self.value_norm = nn.RMSNorm(hidden_size)
@@ -85,65 +106,124 @@ class FwPKM(nn.Module):
         self.output = nn.Linear(value_dim, hidden_size)
         self.query_conv = CausalConvolution(hidden_size, query_conv) if query_conv else None
         self.gate_conv = CausalConvolution(hidden_size, query_conv) if query_conv else None
-        keys = torch.empty(heads, 2, n_subkeys, key_dim // 2, dtype=torch.float32)
-        if config.key_update == "slow":
-            self.keys = nn.Parameter(keys)
-        else:
-            self.register_buffer("keys", keys)
-        self.register_buffer("values", torch.empty(n_subkeys**2, value_dim, dtype=torch.float32))
-        self.reset_fast_weights()
 
-    @torch.no_grad()
-    def reset_fast_weights(self) -> None:
-        """Draw initial sub-keys, uniform in ``+-Dk^-1/2``, and values, normal with standard deviation ``Dv^-1/2``."""
-        bound = (2 * self.keys.shape[-1]) ** -0.5
-        nn.init.uniform_(self.keys, -bound, bound)
-        nn.init.normal_(self.values, std=self.values.shape[1] ** -0.5)
+        self.pending: MemoryState | None = None
+        self.register_state_dict_pre_hook(lambda *_: self.commit())
+        self.register_load_state_dict_pre_hook(lambda *_: self.discard())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FwPKM:
-        fast = {"keys": self.keys.detach(), "values": self.values.detach()}
-        super()._apply(fn, recurse)
-        for name, before in fast.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:  # a cast: repeat it without the change of dtype
-                after.data = before.to(after.device)
-        return self
-
-    def forward(self, hidden: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LayerState | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
         """Read a piece of ``B`` sequences, and write it.
 
         Args:
             hidden: ``[B, T, D]``.
             state: where an earlier call stopped, or None at the start of the sequences.
+            mask: ``[B, T]`` bool; a sequence is its unmasked tokens. None if all are.
+            starts: ``[B, T]`` bool, true at (unmasked) tokens that begin another sequence within a row, or None.
 
         Returns:
-            ``hidden [B, T, D]`` with what the memory gave added, and the state to continue from.
+            ``hidden [B, T, D]`` with what the memory gave added (of no meaning at masked tokens), and the state to
+            continue from.
         """
-        result = self.read_and_write(hidden, state)
+        result = self.read_and_write(hidden, state, mask, starts)
         return result.hidden, result.state
 
-    def read_and_write(self, hidden: Tensor, state: LayerState | None = None) -> LayerResult:
+    def read_and_write(
+        self,
+        hidden: Tensor,
+        state: LayerState | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> LayerResult:
         """:meth:`forward` with everything that happened: gates, slots, weights, addressing loss."""
         require_shape("hidden", hidden, ("B", "T", self.query.in_features))
-        query_input, query_past = _convolve(self.query_conv, self.query_norm(hidden), state and state.query_inputs)
-        gate_input, gate_past = _convolve(self.gate_conv, self.gate_norm(hidden), state and state.gate_inputs)
+        query_input, gate_input, inputs = self._inputs(hidden, state and state.inputs, mask, starts)
         query = rearrange(self.query(query_input), "b t (h d) -> b t h d", h=self.heads)
         target = zscore(self.value(self.value_norm(hidden)))
         gate = self.gate(gate_input).squeeze(-1).float().sigmoid()
-        start = FastWeights(self.keys, self.values) if state is None else state.memory
-        result = fast_weight_memory(query, target, gate, start, self.config, training=self.training)
+        start: FastWeights | MemoryState = FastWeights(self.keys, self.values) if state is None else state.memory
+        config = self.config
+        if isinstance(start, MemoryState):
+            config = start.config
+        elif not self.training:
+            config = dataclasses.replace(config, scope="sequence")
+        persists = config.scope == "shared" and state is None
+        result = fast_weight_memory(
+            query,
+            target,
+            gate,
+            start,
+            config,
+            mask=mask,
+            reset=starts if config.scope == "sequence" else None,
+            commit_partial=persists,
+            training=self.training,
+        )
+        if persists:
+            self.pending = result.state.detach()
         weight = gate.unsqueeze(-1)
         mixed = weight * result.output + (1 - weight) * target
         hidden = hidden + self.output(self.output_norm(mixed.to(hidden.dtype)))
-        return LayerResult(hidden, LayerState(result.state, query_past, gate_past), gate, result)
+        return LayerResult(hidden, LayerState(result.state, inputs), gate, result)
+
+    def commit(self) -> None:
+        """Write what the last training forward stored in the ``shared`` memory into ``keys`` and ``values``."""
+        if self.pending is not None:
+            here = FastWeights(self.keys.detach(), self.values.detach())
+            dataclasses.replace(self.pending, base=here).write_back()
+        self.pending = None
+
+    def discard(self) -> None:
+        """Forget what the last training forward stored in the ``shared`` memory."""
+        self.pending = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FwPKM:
+        self.commit()  # where the fast weights still are
+        super()._apply(fn, recurse)
+        return self
+
+    def _inputs(
+        self, hidden: Tensor, before: Appendable | None, mask: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Appendable | None]:
+        """The inputs of the query and of the gate, and of ``hidden`` what later calls need."""
+        if self.query_conv is None or self.gate_conv is None:
+            return self.query_norm(hidden), self.gate_norm(hidden), None
+        reach = self.query_conv.width - 1
+        if before is None:
+            before = Appendable.of([hidden.new_zeros(hidden.shape[0], reach, hidden.shape[2])])
+        past = before.last(reach)[0]
+        convolved = []
+        for norm, conv in ((self.query_norm, self.query_conv), (self.gate_norm, self.gate_conv)):
+            x = norm(torch.cat((past, hidden), 1))
+            convolved.append(conv(x[:, reach:], x[:, :reach], mask, starts))
+        keep = reach + self.config.chunk_size  # what a crop inside the open chunk can ask for
+        if mask is not None or starts is not None:
+            inputs = Appendable.of([_following(past, hidden, mask, starts)])
+        elif hidden.shape[1] >= keep:
+            inputs = Appendable.of([hidden[:, -keep:].clone()])
+        else:
+            inputs = before.append([hidden], keep)
+        return convolved[0], convolved[1], inputs
 
     def extra_repr(self) -> str:
-        heads, _, n, half = self.keys.shape
-        return f"slots={n * n}, key_dim={2 * half}, value_dim={self.values.shape[1]}, heads={heads}, {self.config}"
+        return f"{super().extra_repr()}, {self.config}"
 
 
-def _convolve(conv: CausalConvolution | None, x: Tensor, past: Any) -> tuple[Tensor, Tensor | None]:
-    return (x, None) if conv is None else conv(x, past)
+def _following(past: Tensor, hidden: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The last inputs ``[B, W, D]`` of each row after ``hidden``, those of its last sequence: zeros before it."""
+    if starts is not None:
+        sequence = starts.cumsum(1)
+        hidden = torch.where((sequence == sequence[:, -1:]).unsqueeze(-1), hidden, 0)
+        past = torch.where((sequence[:, -1] == 0).view(-1, 1, 1), past, 0)
+    count = torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
+    if mask is not None:
+        hidden, count = rows(hidden, unmasked_first(mask)[0]), mask.sum(1)
+    return last(past, hidden, count)
 
 
 def zscore(x: Tensor) -> Tensor:

@@ -48,14 +48,20 @@ class Appendable:
         """The same, to be copied before it is written to."""
         return Appendable(self.tensors, self.used, [-1])
 
-    def append(self, new: Sequence[Tensor]) -> Appendable:
-        """Add columns ``[M, T, ...]``."""
+    def append(self, new: Sequence[Tensor], keep: int | None = None) -> Appendable:
+        """Add columns ``[M, T, ...]``. All but the last ``keep`` of the old ones are dropped whenever that is cheap."""
+        kept = self if keep is None or self.used <= keep else Appendable(self.last(keep), keep, [-1])
         if self._differentiable(new):
-            return Appendable.of([torch.cat(pair, 1) for pair in zip(self.columns(), new, strict=True)])
-        grown, start = self._with_room(new[0].shape[1]), self.used
+            return Appendable.of([torch.cat(pair, 1) for pair in zip(kept.columns(), new, strict=True)])
+        width = new[0].shape[1]
+        grown = self._with_room(width) if self._has_room(width) else kept._with_room(width)
         for old, columns in zip(grown.tensors, new, strict=True):
-            old.data[:, start : grown.used] = columns
+            old.data[:, grown.used - width : grown.used] = columns
         return grown
+
+    def last(self, width: int) -> tuple[Tensor, ...]:
+        """The last columns ``[M, width, ...]``."""
+        return tuple(x[:, self.used - width : self.used] for x in self.tensors)
 
     def insert(self, new: Sequence[Tensor], at: Tensor) -> Appendable:
         """Write columns ``[M, T, ...]`` in row ``m`` from column ``at[m] <= used`` on, over what stands there.
@@ -76,13 +82,17 @@ class Appendable:
     def _differentiable(self, new: Sequence[Tensor]) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (*self.tensors, *new))
 
+    def _has_room(self, width: int) -> bool:
+        """Whether that many columns are free, and nobody else sees them."""
+        return self.tip[0] == self.used and self.used + width <= self.tensors[0].shape[1]
+
     def _with_room(self, width: int) -> Appendable:
         """These with ``width`` more columns in use, which the caller may write to.
 
         It writes through ``.data``: no graph that has saved these tensors looks at the columns written.
         """
         used = self.used + width
-        if self.tip[0] == self.used and used <= self.tensors[0].shape[1]:
+        if self._has_room(width):
             self.tip[0] = used
             return Appendable(self.tensors, used, self.tip)
         copies = [x.new_empty(x.shape[0], 2 * used, *x.shape[2:]) for x in self.tensors]

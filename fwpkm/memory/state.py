@@ -385,7 +385,8 @@ class MemoryState:
         dense_bytes = self.memories * self.n_slots * self.values[:1].nbytes
         if self.log is None or self.log.nbytes <= dense_bytes:
             return self
-        if self.values.requires_grad or self.log.coefficients.requires_grad or self.log.residuals.requires_grad:
+        recorded = self.log.coefficients.requires_grad or self.log.residuals.requires_grad
+        if recorded or (self.values.requires_grad and torch.is_grad_enabled()):  # a parameter always requires it
             return self
         if self.ragged:
             kept = max(1, self.config.chunk_size - 1)

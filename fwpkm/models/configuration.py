@@ -12,7 +12,18 @@ from fwpkm.checks import require, require_choice
 from fwpkm.layers.mixers import WINDOWED
 from fwpkm.memory import MemoryConfig
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+POSITIVE = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "pkm_n_subkeys",
+    "pkm_value_dim",
+    "pkm_heads",
+    "pkm_topk",
+)
 
 
 @strict
@@ -24,12 +35,18 @@ class FwPKMConfig(PreTrainedConfig):
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, tie_word_embeddings, rope_parameters,
         attention_bias, attention_dropout, use_cache: as in ``transformers.Qwen3Config``.
-        layer_types: ``"full_attention"`` or ``"sliding_attention"`` for each block; all full by default.
+        layer_types: ``"full_attention"``, ``"sliding_attention"`` or ``"linear_attention"`` (a gated delta net) for
+            each block; all full by default.
         sliding_window: tokens that a sliding-window block sees, the current one included.
+        linear_num_key_heads, linear_num_value_heads (a multiple of it), linear_key_head_dim, linear_value_head_dim,
+        linear_conv_kernel_dim: of linear attention, as in ``transformers.Qwen3NextConfig``.
         fwpkm_layers: blocks with a memory before their attention.
         fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in
         :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_log_dtype: as in :class:`fwpkm.MemoryConfig`.
+        fwpkm_learn_initial_values: as in :class:`fwpkm.layers.FwPKM`.
         fwpkm_gate_weight: weight of the mean gate in the loss, what an open gate costs; 0 for none, as in the paper.
+        pkm_layers: blocks with a product-key memory in the place of their MLP.
+        pkm_n_subkeys, pkm_key_dim, pkm_value_dim, pkm_heads, pkm_topk: as in :class:`fwpkm.layers.ProductKeyMemory`.
     """
 
     model_type = "fwpkm"
@@ -53,6 +70,11 @@ class FwPKMConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    linear_num_key_heads: int = 6
+    linear_num_value_heads: int = 12
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -77,23 +99,41 @@ class FwPKMConfig(PreTrainedConfig):
     fwpkm_scope: str = "sequence"
     fwpkm_detach_every: int | None = None
     fwpkm_log_dtype: str = "float32"
+    fwpkm_learn_initial_values: bool = False
     fwpkm_gate_weight: float | int = 0.0
+
+    pkm_layers: list[int] | None = None
+    pkm_n_subkeys: int = 512
+    pkm_key_dim: int = 512
+    pkm_value_dim: int = 512
+    pkm_heads: int = 4
+    pkm_topk: int = 32
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
-        if self.fwpkm_layers is None:
-            self.fwpkm_layers = []
+        self.fwpkm_layers = self.fwpkm_layers or []
+        self.pkm_layers = self.pkm_layers or []
         blocks = self.num_hidden_layers
         require(len(self.layer_types) == blocks, "layer_types", self.layer_types, "one for each of {} blocks", blocks)
         for kind in self.layer_types:
             require_choice("layer_types", kind, LAYER_TYPES)
         sliding = "sliding_attention" in self.layer_types
         require(not sliding or bool(self.sliding_window), "sliding_window", self.sliding_window, "a number of tokens")
-        for layer in self.fwpkm_layers:
-            require(0 <= layer < blocks, "fwpkm_layers", layer, "a block in [0, {})", blocks)
+        for name in ("fwpkm_layers", "pkm_layers"):
+            for layer in getattr(self, name):
+                require(0 <= layer < blocks, name, layer, "a block in [0, {})", blocks)
+        for name in POSITIVE:
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        whole = value_heads % key_heads == 0
+        require(whole, "linear_num_value_heads", value_heads, "a multiple of linear_num_key_heads ({})", key_heads)
+        even = self.pkm_key_dim >= 2 and self.pkm_key_dim % 2 == 0
+        require(even, "pkm_key_dim", self.pkm_key_dim, "a positive even number, one half a codebook")
+        enough = self.pkm_topk <= self.pkm_n_subkeys
+        require(enough, "pkm_topk", self.pkm_topk, "at most pkm_n_subkeys ({})", self.pkm_n_subkeys)
         self.memory_config()  # refuses what a memory cannot do
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = WINDOWED

@@ -7,24 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from fwpkm.checks import require_dtype, require_shape
+from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.layers.block import DecoderBlock
 from fwpkm.layers.convolution import CausalConvolution
-from fwpkm.layers.fwpkm import FwPKM, LayerState
+from fwpkm.layers.delta_net import GatedDeltaNet
+from fwpkm.layers.fwpkm import FwPKM
+from fwpkm.layers.weights import MemoryWeights
+from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
-
-
-class FwPKMCache(DynamicCache):
-    """What the model keeps of the sequences it is reading: the attention's keys and values, and the memories."""
-
-    def __init__(self, config: FwPKMConfig) -> None:
-        super().__init__(config=config)
-        self.memories: dict[int, LayerState] = {}
+from fwpkm.models.placement import attention_masks, place
 
 
 @dataclass
@@ -55,9 +50,9 @@ class FwPKMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FwPKM):
-            module.reset_fast_weights()
-        elif isinstance(module, CausalConvolution):
+        if isinstance(module, MemoryWeights):
+            module.reset_memory()
+        elif isinstance(module, CausalConvolution | GatedDeltaNet):
             module.reset_parameters()
 
 
@@ -65,7 +60,9 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
     """A causal language model whose memory layers write what they read.
 
     A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the
-    call, and live on in ``past_key_values`` when it is passed on.
+    call, and live on in ``past_key_values`` when it is passed on. With ``fwpkm_scope="shared"`` a training forward
+    writes to one memory of the whole batch instead, which :meth:`commit` writes into the model: the next training
+    forward does so when it starts, and so does saving.
     """
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
@@ -82,49 +79,131 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def commit(self) -> None:
+        """Write what the last training forward stored in ``shared`` memories into the model."""
+        for memory in self.memories():
+            memory.commit()
+
+    def discard(self) -> None:
+        """Forget what the last training forward stored in ``shared`` memories."""
+        for memory in self.memories():
+            memory.discard()
+
+    def memories(self) -> list[FwPKM]:
+        """The memory layers, in their order."""
+        return [module for module in self.modules() if isinstance(module, FwPKM)]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: FwPKMCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        commit_after_prompt: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What ``generate`` calls :meth:`forward` with.
+
+        ``generate(..., commit_after_prompt=True)`` commits the memories after the prompt. Without it, what the prompt's
+        last, incomplete chunk says can be read back only once generation has filled that chunk; attention sees it
+        as ever.
+        """
+        if attention_mask is not None:  # looked at for prompts, not for every token
+            one_more = past_key_values is not None and past_key_values.tokens + 1 == input_ids.shape[1]
+            padded = past_key_values.padded if past_key_values and one_more else not attention_mask.all()
+            attention_mask = attention_mask if padded else None
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if commit_after_prompt:
+            require(past_key_values is not None, "commit_after_prompt", True, "a cache, which keeps what is committed")
+            inputs["commit_partial"] = bool(is_first_iteration)
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        kind = generation_config.cache_implementation
+        require(kind in (None, "dynamic"), "cache_implementation", kind, "None: the model brings its own cache")
+        require(
+            given is None or isinstance(given, FwPKMCache),
+            "past_key_values",
+            type(given).__name__,
+            "a FwPKMCache, which holds the memories too",
+        )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = FwPKMCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: FwPKMCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        commit_partial: bool = False,
         **kwargs: Any,
     ) -> FwPKMOutput:
         """Read a piece of ``B`` sequences.
 
         Args:
             input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, S]``, 1 (or True) at real tokens, over the ``S - T`` tokens of earlier calls and
+                these; None if all are. What masked tokens give has no meaning, and they change nothing.
+            position_ids: ``[B, T]``, by default those of the real tokens of a row. Where they do not count up by one,
+                another sequence begins, and sees nothing of those before it in the row, except through a ``shared``
+                memory in training (without ``attention_mask`` and ``past_key_values`` only).
             past_key_values: where an earlier call on the same sequences stopped (its ``past_key_values``); updated.
             labels: ``[B, T]``, usually ``input_ids``: ``loss`` is the mean cross entropy of each next token (-100:
                 left out), plus, with ``fwpkm_key_update="slow"``, the addressing loss, and ``fwpkm_gate_weight`` times
                 the mean gate.
             use_cache: return ``past_key_values`` also if none came in.
             logits_to_keep: logits of the last so many tokens only; 0 for all.
+            commit_partial: commit the memories' open chunks after these tokens (into ``past_key_values``).
         """
+        if self.training and torch._C._current_graph_task_id() == -1:  # not where a checkpoint repeats this forward
+            self.commit()
         require_shape("input_ids", input_ids, ("B", "T"))
         require_dtype("input_ids", input_ids, torch.int64, torch.int32)
         if past_key_values is None and use_cache:
             past_key_values = FwPKMCache(self.config)
         hidden = self.embed_tokens(input_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        placement = place(input_ids, past, attention_mask, position_ids, cached=past_key_values is not None)
         layer_types = self.config.layer_types or []
-        masks = self._masks(layer_types, hidden, past_key_values, positions)
-        position_embeddings = self.rotary(hidden, positions)
+        masks = attention_masks(self.config, hidden, past_key_values, placement)
+        position_embeddings = self.rotary(hidden, placement.positions)
         results = []
         for i, block in enumerate(self.blocks):
             hidden, memory = block(
                 hidden,
                 memory_state=None if past_key_values is None else past_key_values.memories.get(i),
-                position_embeddings=position_embeddings,
-                attention_mask=masks[layer_types[i]],
+                mask=placement.mask,
+                starts=placement.starts,
                 past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                attention_mask=masks.get(layer_types[i]),
             )
             if memory is not None:
                 results.append(memory)
                 if past_key_values is not None:
                     past_key_values.memories[i] = memory.state
+        if past_key_values is not None:
+            past_key_values.tokens += input_ids.shape[1]
+            past_key_values.padded |= placement.attention_mask is not None
+            if commit_partial:
+                past_key_values.flush()
         logits = self.lm_head(self.norm(hidden)[:, -logits_to_keep:])
         addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean() if results else None
         loss: Tensor | None = None
@@ -134,7 +213,8 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
             if addressing_loss is not None and self.config.fwpkm_key_update == "slow":
                 loss = loss + self.config.fwpkm_addressing_weight * addressing_loss
             if results and self.config.fwpkm_gate_weight:
-                loss = loss + self.config.fwpkm_gate_weight * torch.stack([r.gate for r in results]).mean()
+                gates = torch.stack([r.gate for r in results])
+                loss = loss + self.config.fwpkm_gate_weight * _mean(gates, placement.mask)
         return FwPKMOutput(
             loss=loss,
             logits=logits,
@@ -144,22 +224,10 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
             slots=tuple(r.memory.slots for r in results),
         )
 
-    def _masks(
-        self, layer_types: list[str], hidden: Tensor, cache: FwPKMCache | None, positions: Tensor
-    ) -> dict[str, Tensor | None]:
-        """The attention mask of each layer type in use; ``layer_idx`` says whose cache its size is taken from."""
-        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {
-            kind: make[kind](
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=cache,
-                position_ids=positions,
-                layer_idx=layer_types.index(kind),
-            )
-            for kind in set(layer_types)
-        }
+
+def _mean(gates: Tensor, mask: Tensor | None) -> Tensor:
+    """Of ``[layers, B, T]``, over the tokens that are not masked."""
+    return gates.mean() if mask is None else torch.where(mask, gates, 0).sum() / (mask.sum() * gates.shape[0])
 
 
 def _memory(config: FwPKMConfig) -> FwPKM:
@@ -171,4 +239,5 @@ def _memory(config: FwPKMConfig) -> FwPKM:
         heads=config.fwpkm_heads,
         query_conv=config.fwpkm_query_conv,
         config=config.memory_config(),
+        learn_initial_values=config.fwpkm_learn_initial_values,
     )

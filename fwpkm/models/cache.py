@@ -1,0 +1,72 @@
+"""What a model keeps of the sequences that it is reading."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fwpkm.checks import require
+from fwpkm.layers.fwpkm import LayerState
+from fwpkm.models.configuration import FwPKMConfig
+
+
+class FwPKMCache(DynamicCache):
+    """The token mixers' states, and the memories: ``generate`` makes one, and beams, crops and copies go through it.
+
+    Attributes:
+        memories: the state of each memory layer, by the number of its block.
+        tokens: read so far, masked ones included.
+        padded: whether some of them were masked.
+    """
+
+    def __init__(self, config: FwPKMConfig) -> None:
+        super().__init__(config=config)
+        self.memories: dict[int, LayerState] = {}
+        self.tokens = 0
+        self.padded = False
+        self._reach = max(config.fwpkm_query_conv - 1, 0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, masked ones included (transformers' own knows no length without attention layers)."""
+        return self.tokens
+
+    def flush(self) -> None:
+        """Commit every memory's open chunk now, so that what it holds can be read: :meth:`fwpkm.MemoryState.flush`."""
+        self.memories = {i: state._replace(memory=state.memory.flush()) for i, state in self.memories.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``b`` goes on from what row ``beam_idx[b]`` has read."""
+        self._select(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._select(indices)
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        if self.memories:
+            rows = next(iter(self.memories.values())).memory.memories
+            self._select(torch.arange(rows).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens (transformers gives a negative number).
+
+        Raises:
+            ValueError: if a memory has committed one of them, or they came in a call with a mask. Nothing is cropped.
+        """
+        require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0, or minus the tokens to take back")
+        cropped = {i: state.crop(-tokens_to_remove, self._reach) for i, state in self.memories.items()}
+        super().crop(tokens_to_remove)
+        self.memories, self.tokens = cropped, self.tokens + tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.memories, self.tokens = {}, 0
+
+    def _select(self, indices: Tensor) -> None:
+        self.memories = {i: state.select(indices) for i, state in self.memories.items()}
