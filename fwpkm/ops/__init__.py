@@ -1,8 +1,9 @@
 """The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each."""
 
+from fwpkm.ops._log import Log
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.memory_read import memory_read
-from fwpkm.ops.memory_scan import Log, memory_scan
+from fwpkm.ops.memory_scan import memory_scan
 from fwpkm.ops.memory_write import memory_write_
 from fwpkm.ops.product_key_address import product_key_address
 from fwpkm.ops.product_key_topk import product_key_topk

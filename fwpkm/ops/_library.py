@@ -1,36 +1,99 @@
-"""How an operator of the ``fwpkm`` namespace is registered: schema, CPU implementation, fake, backward."""
+"""How an operator of the ``fwpkm`` namespace is registered: schema, CPU implementation, fake, FLOP formula, backward,
+batching rule.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("fwpkm", "DEF")
 
 
-def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int]) -> Any:
     """Register ``fwpkm::<schema>`` and return the callable operator.
 
-    ``fake`` computes the outputs' shapes, dtypes and (contiguous) strides without looking at any data.
+    ``fake`` computes the outputs' shapes, dtypes and (contiguous) strides without looking at any data. ``flops`` is
+    called with the arguments by name, shapes in place of tensors, and counts two operations a multiply-add.
     """
     name = schema.split("(", 1)[0]
+
+    def without_tangents(*args: Any) -> Any:
+        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
+            _refuse_forward_mode(operator)
+        return cpu(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, without_tangents, "CPU")
     torch.library.register_fake(f"fwpkm::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fwpkm, name).default
+    packet = getattr(torch.ops.fwpkm, name)
+    operator = packet.default
+    names = argument_names(operator)
+    register_flop_formula(packet)(lambda *args, out_shape: flops(**dict(zip(names, args, strict=True))))
+    return operator
 
 
-def register_backward(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give ``operator`` a gradient: ``setup_context(ctx, inputs, output)`` saves, ``backward(ctx, *grads)``
-    computes.
+def argument_names(operator: Any) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def register_backward(
+    operator: Any, backward: Callable[..., Any], setup_context: Callable[..., Any], vmap: Callable[..., Any]
+) -> None:
+    """Give ``operator`` a gradient and a batching rule, for autograd and for the transforms of ``torch.func``.
+
+    As in ``torch.autograd.Function``, ``setup_context(ctx, inputs, output)`` saves, ``backward(ctx, *grads)`` computes,
+    and ``vmap(info, in_dims, *args)`` answers for a whole batch, with one call of the operator.
     """
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=LIBRARY)
+    _register_transforms(operator, operator, setup_context, backward, vmap)
 
 
-def refuse_double_backward(operator: Any) -> None:
+def refuse_double_backward(operator: Any, vmap: Callable[..., Any]) -> None:
     """A backward operator has no gradient of its own: asking for one is an error, never a silent zero."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{operator}: double backward is not implemented")
 
-    register_backward(operator, backward, lambda ctx, inputs, output: None)
+    register_backward(operator, backward, lambda ctx, inputs, output: None, vmap)
+
+
+def refuse_gradients(operator: Any, vmap: Callable[..., Any]) -> None:
+    """An operator that works in place is outside autograd: of the transforms of ``torch.func`` it knows only vmap."""
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"{operator} works in place, outside autograd: of torch.func it supports vmap only")
+
+    _register_transforms(operator, refuse, refuse, refuse, vmap)
+
+
+def _register_transforms(
+    operator: Any,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> None:
+    """Make ``operator`` a function that ``torch.func`` can transform, while a transform is active and only then.
+
+    What ``torch.library.register_autograd`` makes lacks the separate ``setup_context`` that transforms demand. The
+    function calls the operator again once the innermost transform is done with it.
+    """
+    methods = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "jvp": lambda ctx, *tangents: _refuse_forward_mode(operator),
+        "vmap": vmap,
+    }
+    function: Any = type(
+        operator._opname, (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()}
+    )
+    LIBRARY.impl(operator._opname, function.apply, "FuncTorchDynamicLayerFrontMode")
+
+
+def _refuse_forward_mode(operator: Any) -> Never:
+    raise NotImplementedError(f"{operator}: forward-mode differentiation is not implemented")

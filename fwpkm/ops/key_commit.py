@@ -1,5 +1,7 @@
 """Key commit (DESIGN 2.7): one gradient step of the sub-keys on the addressing loss of a chunk."""
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +9,15 @@ from einops import rearrange
 from torch import Tensor
 
 from fwpkm.checks import require_dtype, require_shape
+from fwpkm.ops._batching import fold
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
-from fwpkm.ops.product_key_address import by_codebook, check_query_and_keys, selected_by_codebook
+from fwpkm.ops.product_key_address import (
+    by_codebook,
+    check_query_and_keys,
+    fold_query_and_keys,
+    own_keys_gradient,
+    selected_by_codebook,
+)
 
 _ENTROPY_EPS = 1e-8
 
@@ -205,17 +214,40 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     return grad_query, grad_keys, grad_sub_scores, None, None, None, None
 
 
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    folded, sizes = fold_query_and_keys(info, in_dims, args)
+    return _operator(*folded).unflatten(0, sizes), 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    folded, sizes = fold(info, in_dims, args)
+    grad_query, grad_keys, grad_sub_scores = (x.unflatten(0, sizes) for x in _backward_operator(*folded))
+    return (grad_query, own_keys_gradient(info, in_dims[2], args[2], grad_keys), grad_sub_scores), 0
+
+
+def _flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
+    """Coefficients of every query and sub-key, times the queries."""
+    return 2 * prod(query) * keys[3]
+
+
+def _backward_flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
+    """The coefficients and the queries, each times the gradient."""
+    return 4 * prod(query) * keys[3]
+
+
 _operator = register(
     "key_commit(Tensor query, Tensor keys, Tensor sub_scores, Tensor sub_slots, Tensor? mask, float rate, str score)"
     " -> Tensor",
     _cpu,
     _fake,
+    _flops,
 )
 _backward_operator = register(
     "key_commit_backward(Tensor grad, Tensor query, Tensor keys, Tensor sub_scores, Tensor sub_slots, Tensor? mask,"
     " float rate, str score) -> (Tensor, Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
+    _backward_flops,
 )
-register_backward(_operator, _backward, _setup_context)
-refuse_double_backward(_backward_operator)
+register_backward(_operator, _backward, _setup_context, _vmap)
+refuse_double_backward(_backward_operator, _backward_vmap)

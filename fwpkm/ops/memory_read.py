@@ -1,11 +1,14 @@
 """Read (DESIGN 2.4): the weighted sum of the addressed rows of the values."""
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
+from fwpkm.ops._batching import batch_first, in_own_table
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
 
@@ -75,12 +78,41 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     return grad_values if values_need_grad else None, None, grad_weights
 
 
-_operator = register("memory_read(Tensor values, Tensor slots, Tensor weights) -> Tensor", _cpu, _fake)
+def _vmap(info: Any, in_dims: Any, values: Tensor, slots: Tensor, weights: Tensor) -> Any:
+    own_values, slots, weights = batch_first(info, in_dims, (values, slots, weights))
+    if in_dims[0] is not None:
+        values, slots = own_values.flatten(0, 1), in_own_table(slots, own_values.shape[1])
+    return _operator(values, slots, weights), 0
+
+
+def _backward_vmap(
+    info: Any, in_dims: Any, grad: Tensor, values: Tensor, slots: Tensor, weights: Tensor, values_need_grad: bool
+) -> Any:
+    grad, own_values, slots, weights = batch_first(info, in_dims[:4], (grad, values, slots, weights))
+    if in_dims[1] is not None or values_need_grad:  # a sample's gradient is its own even where the values are not
+        values, slots = own_values.flatten(0, 1), in_own_table(slots, own_values.shape[1])
+    grad_values, grad_weights = _backward_operator(grad, values, slots, weights, values_need_grad)
+    if not values_need_grad:
+        return (grad_values, grad_weights), (None, 0)
+    return (grad_values.view(own_values.shape), grad_weights), 0
+
+
+def _flops(values: Sequence[int], slots: Sequence[int], **_: Any) -> int:
+    return 2 * prod(slots) * values[1]
+
+
+def _backward_flops(values: Sequence[int], slots: Sequence[int], values_need_grad: bool, **_: Any) -> int:
+    """Gradients of the weights and, where needed, of the values."""
+    return (4 if values_need_grad else 2) * prod(slots) * values[1]
+
+
+_operator = register("memory_read(Tensor values, Tensor slots, Tensor weights) -> Tensor", _cpu, _fake, _flops)
 _backward_operator = register(
     "memory_read_backward(Tensor grad, Tensor values, Tensor slots, Tensor weights, bool values_need_grad)"
     " -> (Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
+    _backward_flops,
 )
-register_backward(_operator, _backward, _setup_context)
-refuse_double_backward(_backward_operator)
+register_backward(_operator, _backward, _setup_context, _vmap)
+refuse_double_backward(_backward_operator, _backward_vmap)

@@ -1,30 +1,17 @@
 """Scan (DESIGN 2.4 to 2.6, section 5): read and commit chunk after chunk, on the touched rows only."""
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
-from fwpkm.ops._library import refuse_double_backward, register, register_backward
+from fwpkm.ops._batching import batch_first, fold, in_own_table
+from fwpkm.ops._library import argument_names, refuse_double_backward, register, register_backward
+from fwpkm.ops._log import Log, match
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
-
-
-class Log(NamedTuple):
-    """What was written before the scan: records of tokens in their order, of which the first ``lengths`` count.
-
-    A record is a function of its token's past only (DESIGN section 3): it holds its token's slots and its coefficients
-    *before* the division by ``N_s``, the reads of a slot within a chunk, which is derived from the records; and the
-    residual of the token ``lookahead`` records earlier, which that token's target was needed for. A token writes if
-    the record with its residual counts and belongs to the same chunk.
-    """
-
-    slots: Tensor  # [M, R, K] int64; -1: a read that does not exist
-    coefficients: Tensor  # [M, R, K]
-    residuals: Tensor  # [M, R, Dv], dtype of the values or bfloat16
-    chunks: Tensor  # [M, R] int64, the number of the chunk that a record belongs to
-    lengths: Tensor  # [M] int64
-    lookahead: int
 
 
 def memory_scan(
@@ -144,7 +131,7 @@ def _cpu(
     working = rows[: keys.numel()]
     torch.index_select(values, 0, keys % values.shape[0], out=working)
     if optional.log is not None:
-        matches = _match(keys, optional.log, values.shape[0], optional.n_sequences)
+        matches = match(keys, optional.log, values.shape[0], optional.n_sequences)
         residuals, carriers = matches.residuals(optional.log, values.dtype)
         weights_of_log = matches.weights(optional.log.coefficients)
         add_to_rows_(working, segment(matches.rows, carriers), weights_of_log, residuals)
@@ -172,45 +159,6 @@ def _row_keys(slots: Tensor, optional: _Optional, n_slots: int) -> Tensor:
 def _residuals(s: int, targets: Tensor, gates: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     """``g (y - v-hat)`` of chunk ``s`` in all memories, ``[M * P, Dv]``."""
     return (gates[:, s].unsqueeze(-1) * (targets[:, s] - out[:, s])).to(dtype).to(out.dtype).flatten(0, 1)
-
-
-class _Matches(NamedTuple):
-    """The log's entries (slot ``j`` of a record) that wrote to a row of the working set, ``E`` of them."""
-
-    entries: Tensor  # [E] into the log's flattened slots
-    carriers: Tensor  # [E] the record with the entry's residual, into the flattened records
-    rows: Tensor  # [E] the working row it wrote to
-    counts: Tensor  # [E] N_s: entries of the same chunk with the same slot
-
-    def weights(self, log_coefficients: Tensor) -> Tensor:
-        """The entries' coefficients with the division by ``N_s``."""
-        return log_coefficients.flatten()[self.entries] / self.counts
-
-    def residuals(self, log: Log, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A table of residuals in ``dtype``, and the row of each entry in it."""
-        table = log.residuals.reshape(-1, log.residuals.shape[2])
-        if table.dtype == dtype:
-            return table, self.carriers
-        used, rows = self.carriers.unique(return_inverse=True)
-        return table[used].to(dtype), rows
-
-
-def _match(keys: Tensor, log: Log, n_slots: int, n_sequences: int) -> _Matches:
-    memories, records, fanout = log.slots.shape
-    counts_in = torch.arange(records) < log.lengths.unsqueeze(1)
-    own = log.slots + (torch.arange(memories) * n_sequences * n_slots).view(-1, 1, 1)
-    own = torch.where(counts_in.unsqueeze(-1) & (log.slots >= 0), own, -1).flatten()
-    position = torch.searchsorted(keys, own).clamp_max_(keys.numel() - 1)
-    entries = (keys[position] == own).nonzero().squeeze(-1) if keys.numel() else own.new_empty(0)
-    rows, record = position[entries], entries // fanout
-    all_chunks = log.chunks.flatten()
-    chunks = all_chunks[record]
-    first, last = chunks.aminmax() if entries.numel() else (chunks.new_zeros(()), chunks.new_zeros(()))
-    _, inverse, counts = (rows * (last - first + 1) + chunks - first).unique(return_inverse=True, return_counts=True)
-    carriers = record + log.lookahead
-    writes = record % records + log.lookahead < log.lengths[record // records] if records else carriers > 0
-    writes &= all_chunks[carriers.clamp_max(all_chunks.numel() - 1)] == chunks
-    return _Matches(*(x[writes] for x in (entries, carriers, rows, counts[inverse])))
 
 
 def _fake(
@@ -278,7 +226,7 @@ def _backward_cpu(
     empty = out.new_empty(0)
     grad_log_coefficients, grad_log_residuals, grad_values = empty, empty.clone(), empty.clone()
     if log is not None:
-        matches = _match(row_keys, log, n_slots, n_sequences)
+        matches = match(row_keys, log, n_slots, n_sequences)
         table, carriers = matches.residuals(log, out.dtype)
         products = row_products(grad_working, matches.rows, table, carriers)
         grad_log_coefficients = out.new_zeros(log.coefficients.shape)
@@ -344,6 +292,87 @@ def _backward(ctx: Any, grad_out: Tensor, _rows: Tensor, _local: Tensor) -> Any:
     return values if values_need_grad else None, None, *inputs, *log_grads, None, None, None, None
 
 
+def _fold(operator: Any, info: Any, in_dims: Any, args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The operator's arguments by name, :func:`fold`-ed but for the tensors that are not by memory, ``[M, ...]``."""
+    named, dims = (dict(zip(argument_names(operator), x, strict=True)) for x in (args, in_dims))
+    by_memory = [name for name in named if name not in ("values", "rows")]
+    folded, sizes = fold(info, [dims[name] for name in by_memory], [named[name] for name in by_memory])
+    return named | dict(zip(by_memory, folded, strict=True)), sizes
+
+
+def _in_own_tables(named: dict[str, Any], n_slots: int, sizes: tuple[int, int]) -> dict[str, Any]:
+    """The same arguments for samples that have ``n_slots`` rows each."""
+    slots = {name: named[name] for name in ("slots", "log_slots") if named[name] is not None}
+    return named | {name: in_own_table(x.unflatten(0, sizes), n_slots).flatten(0, 1) for name, x in slots.items()}
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    named, sizes = _fold(_operator, info, in_dims, args)
+    if in_dims[0] is not None:
+        (values,) = batch_first(info, in_dims[:1], args[:1])
+        named = _in_own_tables(named, values.shape[1], sizes) | {"values": values.flatten(0, 1)}
+    out, rows, local = _operator(**named)
+    return (out.unflatten(0, sizes), *_unfold_rows(rows, local.unflatten(0, sizes))), 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    named, sizes = _fold(_backward_operator, info, in_dims, args)
+    (rows,) = batch_first(info, in_dims[2:3], args[2:3])
+    rows, local = _fold_rows(rows, named["local"].unflatten(0, sizes))
+    n_slots = named["n_slots"]
+    named = _in_own_tables(named, n_slots, sizes)  # a sample's gradient of the values is its own even if they are not
+    named |= {"rows": rows, "local": local, "n_slots": info.batch_size * n_slots}
+
+    def own(grad: Tensor) -> tuple[Tensor, int | None]:
+        if grad.dim() == 1:  # stands for a gradient that is not there
+            return grad, None
+        return grad.unflatten(0, (info.batch_size, n_slots) if grad.dim() == 2 else sizes), 0
+
+    return tuple(zip(*map(own, _backward_operator(**named)), strict=True))
+
+
+def _unfold_rows(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Working rows as the operator returns them for each sample, ``[B * R, Dv]`` -> ``[B, R, Dv]``, with ``local``,
+    ``[B, M, S, P, K]``. The rows of a sample follow those of the one before it, and padding comes last.
+    """
+    capacity = local.shape[1:].numel()
+    if local.numel() == 0:
+        return rows.unflatten(0, (local.shape[0], capacity)), local
+    first = local.flatten(1).amin(1)
+    position = first.unsqueeze(1) + torch.arange(capacity, device=rows.device)
+    return rows[position.clamp_max(rows.shape[0] - 1)], local - first.view(-1, 1, 1, 1, 1)
+
+
+def _fold_rows(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse: ``[B, R, Dv]`` -> ``[B * R, Dv]`` with all padding last, and ``local`` to ``[B * M, S, P, K]``."""
+    if local.numel() == 0:
+        return rows.flatten(0, 1), local.flatten(0, 1)
+    counts = local.flatten(1).amax(1) + 1
+    padding = torch.arange(rows.shape[1], device=rows.device) >= counts.unsqueeze(1)
+    first = counts.cumsum(0) - counts
+    rows = rows.flatten(0, 1)[padding.flatten().argsort(stable=True)]
+    return rows, (local + first.view(-1, 1, 1, 1, 1)).flatten(0, 1)
+
+
+def _entries(slots: Sequence[int], log_slots: Sequence[int] | None) -> tuple[int, int, int]:
+    """How many rows are read, are written (the last chunk's writes are never made), and are in the log: all of it
+    counts, since how much matches is not known from sizes.
+    """
+    memories, steps, tokens, fanout = slots
+    chunk = memories * tokens * fanout
+    return steps * chunk, max(steps - 1, 0) * chunk, 0 if log_slots is None else prod(log_slots)
+
+
+def _flops(values: Sequence[int], slots: Sequence[int], log_slots: Sequence[int] | None, **_: Any) -> int:
+    return 2 * values[1] * sum(_entries(slots, log_slots))
+
+
+def _backward_flops(out: Sequence[int], slots: Sequence[int], log_slots: Sequence[int] | None, **_: Any) -> int:
+    """To weights and rows of a read and of a log entry; of a write to coefficients and residuals, and undoing it."""
+    reads, writes, logged = _entries(slots, log_slots)
+    return 2 * out[-1] * (2 * reads + 3 * writes + 2 * logged)
+
+
 _OPTIONAL = (
     "Tensor? log_slots, Tensor? log_coefficients, Tensor? log_residuals, Tensor? log_chunks, Tensor? log_lengths,"
     " int lookahead, Tensor? sequences, Tensor? cut, ScalarType residual_dtype"
@@ -353,6 +382,7 @@ _operator = register(
     f" {_OPTIONAL}) -> (Tensor, Tensor, Tensor)",
     _cpu,
     _fake,
+    _flops,
 )
 _backward_operator = register(
     "memory_scan_backward(Tensor grad_out, Tensor out, Tensor rows, Tensor local, Tensor slots, Tensor weights,"
@@ -360,6 +390,7 @@ _backward_operator = register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
+    _backward_flops,
 )
-register_backward(_operator, _backward, _setup_context)
-refuse_double_backward(_backward_operator)
+register_backward(_operator, _backward, _setup_context, _vmap)
+refuse_double_backward(_backward_operator, _backward_vmap)

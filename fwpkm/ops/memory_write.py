@@ -1,10 +1,15 @@
 """Write (DESIGN 2.6): add residuals to the addressed rows of the values, in place."""
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape, require_slots
-from fwpkm.ops._library import register
+from fwpkm.ops._batching import batch_first, in_own_table
+from fwpkm.ops._library import refuse_gradients, register
 from fwpkm.ops._rows import add_to_rows_, segment, token_of_entry
 
 
@@ -19,11 +24,15 @@ def memory_write_(values: Tensor, slots: Tensor, coefficients: Tensor, residuals
         coefficients: ``[P, K]``, dtype of ``values``.
         residuals: ``[P, Dv]``, dtype of ``values``.
 
+    Under ``torch.func.vmap`` each sample has values of its own, all of them contiguous: ``[B, N, Dv]``.
+
     Returns:
         ``values``.
 
     Raises:
-        ValueError: for a wrong shape, dtype or layout, a slot out of range, or ``values`` that require a gradient.
+        ValueError: for a wrong shape, dtype or layout, a slot out of range, ``values`` that require a gradient, or
+            that samples of a vmap share.
+        RuntimeError: under ``torch.func.grad`` and its kin.
     """
     require_shape("values", values, ("N", "Dv"))
     require_fast_weight_dtype("values", values)
@@ -49,6 +58,20 @@ def _fake(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor
     return None
 
 
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    require(in_dims[0] is not None, "values", "the same for all of vmap", "values of its own for each sample")
+    values, slots, coefficients, residuals = batch_first(info, in_dims, args)
+    require(values.is_contiguous(), "values.stride()", values.stride(), "the samples' values contiguous, [B, N, Dv]")
+    slots = in_own_table(slots, values.shape[1])
+    _operator(values.flatten(0, 1), *(x.flatten(0, 1) for x in (slots, coefficients, residuals)))
+    return None, None
+
+
+def _flops(slots: Sequence[int], residuals: Sequence[int], **_: Any) -> int:
+    return 2 * prod(slots) * residuals[1]
+
+
 _operator = register(
-    "memory_write_(Tensor(a!) values, Tensor slots, Tensor coefficients, Tensor residuals) -> ()", _cpu, _fake
+    "memory_write_(Tensor(a!) values, Tensor slots, Tensor coefficients, Tensor residuals) -> ()", _cpu, _fake, _flops
 )
+refuse_gradients(_operator, _vmap)

@@ -1,6 +1,7 @@
 """Addresses (DESIGN 2.1 and 2.2): sub-scores of a query against both codebooks, and their product-key top-k."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fwpkm.checks import (
     require_no_nan,
     require_shape,
 )
+from fwpkm.ops._batching import batch_first, fold
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops.product_key_topk import combine, largest, selected_gradient
 
@@ -79,7 +81,7 @@ def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[T
     selected = [_select(rows[:, block], keys, k, score, eps) for block in _blocks(rows.shape[0], rows.shape[1], n)]
     sub_scores, sub_slots = (torch.cat(parts, dim=1) for parts in zip(*selected, strict=True))
     pattern = "(h c) (m p) k -> m p h c k" if shared else "(m h c) p k -> m p h c k"
-    sizes = {"m": memories, "h": heads, "c": 2}
+    sizes = {"m": memories, "p": tokens, "h": heads, "c": 2}
     sub_scores, sub_slots = (rearrange(x, pattern, **sizes).contiguous() for x in (sub_scores, sub_slots))
     require_no_nan("query or keys", sub_scores)  # a NaN among them is among the best
     scores, slots = combine(sub_scores.view(-1, 2, k), sub_slots.view(-1, 2, k), n)
@@ -88,7 +90,7 @@ def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[T
 
 
 def _blocks(codebooks: int, rows: int, n: int) -> Iterator[slice]:
-    size = max(1, _BLOCK // (codebooks * n))
+    size = max(1, _BLOCK // max(1, codebooks * n))
     return (slice(start, start + size) for start in range(0, max(rows, 1), size))
 
 
@@ -144,7 +146,8 @@ def _backward_cpu(
             grad_rows[:, block] = selected.sum(-1, keepdim=True) * rows[:, block] - to_rows
             grad_keys += coefficients.sum(1).unsqueeze(-1) * flat_keys - to_keys
     pattern = "(h c) (m p) d -> m p h (c d)" if shared else "(m h c) p d -> m p h (c d)"
-    grad_query = rearrange(grad_rows, pattern, m=query.shape[0], h=query.shape[2], c=2).contiguous()
+    memories, tokens, heads, _ = query.shape
+    grad_query = rearrange(grad_rows, pattern, m=memories, p=tokens, h=heads, c=2).contiguous()
     return grad_query, grad_keys.view(keys.shape)
 
 
@@ -173,16 +176,53 @@ def _backward(ctx: Any, grad_scores: Tensor, _slots: Tensor, grad_sub_scores: Te
     return grad_query, grad_keys, None, None, None
 
 
+def fold_query_and_keys(info: Any, in_dims: Any, args: Any) -> tuple[list[Any], tuple[int, int]]:
+    """:func:`fold` of ``query``, ``keys`` and what follows; keys that all samples share stay those of one memory."""
+    keys = args[1]
+    shared = in_dims[1] is None and keys.shape[0] == 1
+    (query, own_keys, *others), sizes = fold(info, in_dims, (args[0], None if shared else keys, *args[2:]))
+    return [query, keys if shared else own_keys, *others], sizes
+
+
+def own_keys_gradient(info: Any, in_dim: int | None, keys: Tensor, grad_keys: Tensor) -> Tensor:
+    """Gradients ``[B, M, ...]`` as those of each sample's ``keys``, which its memories may share: ``[B, 1, ...]``."""
+    (keys,) = batch_first(info, (in_dim,), (keys,))
+    return grad_keys.sum_to_size(keys.shape)
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    folded, sizes = fold_query_and_keys(info, in_dims, args)
+    return tuple(x.unflatten(0, sizes) for x in _operator(*folded)), 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    folded, sizes = fold(info, in_dims, args)
+    grad_query, grad_keys = (x.unflatten(0, sizes) for x in _backward_operator(*folded))
+    return (grad_query, own_keys_gradient(info, in_dims[3], args[3], grad_keys)), 0
+
+
+def _flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
+    """Every query with every sub-key of its codebooks."""
+    return 2 * prod(query) * keys[3]
+
+
+def _backward_flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
+    """Coefficients of every query and sub-key, times the sub-keys and times the queries."""
+    return 4 * prod(query) * keys[3]
+
+
 _operator = register(
     "product_key_address(Tensor query, Tensor keys, int k, str score, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _cpu,
     _fake,
+    _flops,
 )
 _backward_operator = register(
     "product_key_address_backward(Tensor grad_scores, Tensor grad_sub_scores, Tensor query, Tensor keys, Tensor slots,"
     " Tensor sub_scores, Tensor sub_slots, str score) -> (Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
+    _backward_flops,
 )
-register_backward(_operator, _backward, _setup_context)
-refuse_double_backward(_backward_operator)
+register_backward(_operator, _backward, _setup_context, _vmap)
+refuse_double_backward(_backward_operator, _backward_vmap)

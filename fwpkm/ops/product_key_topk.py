@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.checks import require, require_fast_weight_dtype
+from fwpkm.ops._batching import batch_first
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 
 
@@ -105,11 +106,25 @@ def _backward(ctx: Any, grad_scores: Tensor, _slots: Tensor, _sub_slots: Tensor)
     return _backward_operator(grad_scores, *ctx.saved_tensors, ctx.n), None
 
 
-_operator = register("product_key_topk(Tensor sub_scores, int k) -> (Tensor, Tensor, Tensor)", _cpu, _fake)
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _operator(*batch_first(info, in_dims, args)), 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _backward_operator(*batch_first(info, in_dims, args)), 0
+
+
+def _flops(**_: Any) -> int:
+    """Scores are compared and added, and gradients moved: no products."""
+    return 0
+
+
+_operator = register("product_key_topk(Tensor sub_scores, int k) -> (Tensor, Tensor, Tensor)", _cpu, _fake, _flops)
 _backward_operator = register(
     "product_key_topk_backward(Tensor grad_scores, Tensor slots, Tensor sub_slots, SymInt n) -> Tensor",
     _backward_cpu,
     _backward_fake,
+    _flops,
 )
-register_backward(_operator, _backward, _setup_context)
-refuse_double_backward(_backward_operator)
+register_backward(_operator, _backward, _setup_context, _vmap)
+refuse_double_backward(_backward_operator, _backward_vmap)
