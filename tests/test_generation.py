@@ -54,7 +54,7 @@ def test_cached_equals_uncached(mode, key_update):
 @given(seed=seeds, lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3), layout=LAYOUTS)
 @torch.no_grad()
 def test_a_padded_batch_equals_each_prompt_alone(seed, lengths, layout):
-    model = make_model(seed, layer_types=layout)
+    model = make_model(seed, **layout)
     tokens, mask = prompts(seed, lengths)
     together = generate(model, tokens, mask, do_sample=False)
     for row, length in enumerate(lengths):

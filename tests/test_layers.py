@@ -1,18 +1,16 @@
-"""The memory layer, the convolution and the windowed attention."""
+"""The memory layer and the convolution."""
 
 import pytest
 import torch
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, fast_weight_memory
 from fwpkm.layers import FwPKM
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.fwpkm import zscore
-from fwpkm.layers.mixers import sliding_window_attention
 from fwpkm.memory import KEY_UPDATES
 from tests.draws import Draw, seeds
 
@@ -76,30 +74,71 @@ def test_convolution_is_causal_and_of_its_width(seed, width):
     assert_close(conv(x), want)
 
 
-def test_fast_weights_stay_float32_through_casts():
-    for key_update in KEY_UPDATES:
-        layer = make_layer(config=MemoryConfig(topk=2, chunk_size=4, key_update=key_update))
-        before = layer.keys.clone(), layer.values.clone()
-        for cast in (layer.bfloat16, layer.half, lambda layer=layer: layer.to(torch.bfloat16)):
-            cast()
-            assert layer.keys.dtype == layer.values.dtype == torch.float32
-            assert torch.equal(layer.keys, before[0])
-            assert torch.equal(layer.values, before[1])
-        assert layer.query.weight.dtype == torch.bfloat16
-        assert layer(torch.randn(1, 6, 6, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
-        assert isinstance(layer.keys, torch.nn.Parameter) == (key_update == "slow")
+LEARNED = pytest.mark.parametrize("learned", [False, True])
 
 
-def test_a_forward_writes_no_buffer_and_every_parameter_gets_a_gradient():
-    for key_update in KEY_UPDATES:
-        layer = make_layer(query_conv=3, config=MemoryConfig(topk=2, chunk_size=4, key_update=key_update))
-        before = {name: x.clone() for name, x in layer.named_buffers()}
-        result = layer.read_and_write(torch.randn(2, 12, 6))
-        (result.hidden.square().sum() + result.memory.addressing_loss).backward()
-        assert all(torch.equal(x, before[name]) for name, x in layer.named_buffers())
-        for name, parameter in layer.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().sum() > 0, name
+@LEARNED
+@pytest.mark.parametrize("key_update", KEY_UPDATES)
+def test_fast_weights_stay_float32_through_casts(key_update, learned):
+    layer = make_layer(config=MemoryConfig(topk=2, chunk_size=4, key_update=key_update), learn_initial_values=learned)
+    before = layer.keys.clone(), layer.values.clone()
+    for cast in (layer.bfloat16, layer.half, lambda: layer.to(torch.bfloat16)):
+        cast()
+        assert layer.keys.dtype == layer.values.dtype == torch.float32
+        assert torch.equal(layer.keys, before[0])
+        assert torch.equal(layer.values, before[1])
+    assert layer.query.weight.dtype == torch.bfloat16
+    assert layer(torch.randn(1, 6, 6, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    assert isinstance(layer.keys, torch.nn.Parameter) == (key_update == "slow")
+    assert isinstance(layer.values, torch.nn.Parameter) == learned
+    assert layer.double().keys.dtype == torch.float64
+
+
+@LEARNED
+@pytest.mark.parametrize("key_update", KEY_UPDATES)
+def test_a_forward_writes_no_buffer_and_every_parameter_gets_a_gradient(key_update, learned):
+    config = MemoryConfig(topk=2, chunk_size=4, key_update=key_update)
+    layer = make_layer(query_conv=3, config=config, learn_initial_values=learned)
+    before = {name: x.clone() for name, x in layer.state_dict().items()}
+    result = layer.read_and_write(torch.randn(2, 12, 6))
+    (result.hidden.square().sum() + result.memory.addressing_loss).backward()
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@given(seed=seeds, split=st.integers(1, 10))
+def test_learned_initial_values_get_the_gradient_of_finite_differences(seed, split):
+    """Through reads and commits, of one call or two: a step along any direction changes the output by the slope."""
+    layer = make_layer(seed, learn_initial_values=True).double()
+    draw = Draw(seed)
+    hidden, upstream, direction = draw.normal(2, 11, 6), draw.normal(2, 11, 6), draw.normal(16, 5)
+
+    def loss() -> torch.Tensor:
+        first, state = layer(hidden[:, :split])
+        return (torch.cat((first, layer(hidden[:, split:], state)[0]), 1) * upstream).sum()
+
+    loss().backward()
+    sides = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            layer.values += step * direction
+            sides.append(loss())
+    assert_close((layer.values.grad * direction).sum(), (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_initial_values_do_not_keep_a_long_log_from_folding():
+    """A parameter always requires a gradient; where none is recorded the state stays bounded all the same."""
+    layer = make_layer(learn_initial_values=True)
+    hidden = torch.randn(1, 400, 6)
+    want, kept = layer(hidden)
+    with torch.no_grad():
+        have, folded = layer(hidden[:, :200])
+        rest, folded = layer(hidden[:, 200:], folded)
+    assert kept.memory.own_values is None
+    assert folded.memory.own_values is not None
+    assert_close(torch.cat((have, rest), 1), want, rtol=1e-4, atol=1e-4)
 
 
 def test_slow_keys_learn_from_the_addressing_loss_and_queries_do_not():
@@ -107,24 +146,6 @@ def test_slow_keys_learn_from_the_addressing_loss_and_queries_do_not():
     layer.read_and_write(torch.randn(2, 8, 6)).memory.addressing_loss.backward()
     assert layer.keys.grad.abs().sum() > 0
     assert layer.query.weight.grad is None
-
-
-@given(
-    seed=seeds,
-    length=st.integers(1, 20),
-    past=st.integers(0, 12),
-    window=st.integers(1, 8),
-    heads=st.integers(1, 2),
-)
-def test_sliding_window_attention_is_masked_attention(seed, length, past, window, heads):
-    """Block by block equals a mask over the whole context, also behind a cache that is longer than the window."""
-    draw = Draw(seed)
-    query = draw.normal(2, heads, length, 4)
-    key, value = draw.normal(2, heads, past + length, 4), draw.normal(2, heads, past + length, 4)
-    distance = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
-    mask = (distance >= 0) & (distance < window)
-    want = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
-    assert_close(sliding_window_attention(query, key, value, window, 0.3), want)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMConfig, FwPKMForCausalLM
 from tests.draws import Draw, seeds
 
-LAYOUTS = st.sampled_from([["sliding_attention"] * 2, ["full_attention"] * 2, ["sliding_attention", "full_attention"]])
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+MIXERS = [[SLIDING] * 2, [FULL] * 2, [LINEAR] * 2, [SLIDING, FULL], [LINEAR, SLIDING], [FULL, LINEAR]]
+LAYOUTS = st.fixed_dictionaries(
+    {"layer_types": st.sampled_from(MIXERS), "pkm_layers": st.sampled_from([[], [0], [0, 1]])}
+)
 
 
 def make_config(**options) -> FwPKMConfig:
@@ -26,6 +30,10 @@ def make_config(**options) -> FwPKMConfig:
             "head_dim": 8,
             "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 6,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 8,
             "fwpkm_layers": [0, 1],
             "fwpkm_n_subkeys": 5,
             "fwpkm_key_dim": 6,
@@ -33,6 +41,11 @@ def make_config(**options) -> FwPKMConfig:
             "fwpkm_query_conv": 3,
             "fwpkm_topk": 2,
             "fwpkm_chunk_size": 8,
+            "pkm_n_subkeys": 5,
+            "pkm_key_dim": 6,
+            "pkm_value_dim": 8,
+            "pkm_heads": 2,
+            "pkm_topk": 3,
         }
         | options
     )
@@ -49,7 +62,7 @@ def make_model(seed: int = 0, **options) -> FwPKMForCausalLM:
 @torch.no_grad()
 def test_streams(seed, cuts, layout, key_update):
     """Any prefill split, down to token by token, gives the logits of one pass."""
-    model = make_model(seed, layer_types=layout, fwpkm_key_update=key_update)
+    model = make_model(seed, fwpkm_key_update=key_update, **layout)
     tokens = Draw(seed).integers(32, 2, 30)
     whole = model(tokens).logits
     cache = FwPKMCache(model.config)
@@ -62,11 +75,77 @@ def test_streams(seed, cuts, layout, key_update):
 @torch.no_grad()
 def test_isolation(seed, layout):
     """What a sequence gets does not depend on what else is in the batch."""
-    model = make_model(seed, layer_types=layout)
+    model = make_model(seed, **layout)
     tokens = Draw(seed).integers(32, 3, 20)
     together = model(tokens).logits
     for row in range(3):
         assert_close(model(tokens[row : row + 1]).logits, together[row : row + 1], rtol=1e-4, atol=1e-4)
+
+
+@given(seed=seeds, layout=LAYOUTS, cuts=st.sets(st.integers(1, 23), max_size=4), padding=st.integers(1, 23))
+@torch.no_grad()
+def test_left_padded_is_unpadded(seed, layout, cuts, padding):
+    """Masked tokens change nothing, in one pass and in any number of calls, and positions count the others."""
+    model = make_model(seed, fwpkm_layers=[], **layout)
+    tokens = Draw(seed).integers(32, 2, 24)
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :padding] = 0
+    cache = FwPKMCache(model.config)
+    pieces = []
+    for piece in tokens.tensor_split(sorted(cuts), dim=1):
+        read = cache.get_seq_length() + piece.shape[1]
+        pieces.append(model(piece, attention_mask=mask[:, :read], past_key_values=cache).logits)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as generate gives them
+    explicit = model(tokens, attention_mask=mask, position_ids=positions).logits
+    for have in (model(tokens, attention_mask=mask).logits, explicit, torch.cat(pieces, 1)):
+        assert_close(have[:1], model(tokens[:1]).logits, rtol=1e-4, atol=1e-4)
+        assert_close(have[1:, padding:], model(tokens[1:, padding:]).logits, rtol=1e-4, atol=1e-4)
+
+
+@given(seed=seeds, layout=LAYOUTS, cuts=st.sets(st.integers(1, 29), min_size=1, max_size=4), shared=st.booleans())
+@torch.no_grad()
+def test_packed_is_separate(seed, layout, cuts, shared):
+    """Positions that begin again in a row begin another sequence, which sees nothing of those before it."""
+    model = make_model(seed, fwpkm_layers=[], **layout)
+    tokens = Draw(seed).integers(32, 2, 30)
+    parts = tokens.tensor_split(sorted(cuts), dim=1)
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts]).unsqueeze(0)
+    if not shared:  # the first row packed, the second one whole
+        positions = torch.cat((positions, torch.arange(30).unsqueeze(0)))
+    have = model(tokens, position_ids=positions).logits
+    separate = torch.cat([model(part).logits for part in parts], 1)
+    assert_close(have[:1], separate[:1], rtol=1e-4, atol=1e-4)
+    assert_close(have[1:], separate[1:] if shared else model(tokens).logits[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [[LINEAR, SLIDING], [FULL, SLIDING]])
+@pytest.mark.parametrize("placement", ["plain", "padded", "packed"])
+def test_one_graph(layout, placement):
+    """Forward and backward are captured without a break, and give what eager gives."""
+    model = make_model(layer_types=layout, pkm_layers=[0], fwpkm_layers=[]).train()
+    tokens, mask = torch.randint(32, (2, 20)), torch.ones(2, 20)
+    mask[0, :7] = 0
+    positions = (torch.arange(20) % 13).unsqueeze(0)
+    options = {"plain": {}, "padded": {"attention_mask": mask}, "packed": {"position_ids": positions}}[placement]
+    results = []
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        out = call(tokens, labels=tokens, **options)
+        model.zero_grad()
+        out.loss.backward()
+        results.append([out.logits, *(p.grad for p in model.parameters())])
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_are_those_given_and_a_mask_of_ones_is_none():
+    model = make_model(fwpkm_layers=[])
+    tokens = torch.randint(32, (2, 20))
+    want = model(tokens).logits
+    assert torch.equal(model(tokens, attention_mask=torch.ones(2, 20)).logits, want)
+    assert torch.equal(model(tokens, position_ids=torch.arange(20).expand(2, -1)).logits, want)
+    assert_close(model(tokens, position_ids=torch.arange(7, 27).unsqueeze(0)).logits, want, rtol=1e-4, atol=1e-4)
+    spread = model(tokens[:, :2], position_ids=torch.tensor([[0, 5]])).logits
+    assert_close(spread[:, 1:], model(tokens[:, 1:2]).logits)  # neither counting up by one: a sequence of its own
 
 
 @torch.no_grad()
@@ -110,8 +189,12 @@ def test_labels_can_be_left_out():
     assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits[0, 5:-1], tokens[0, 6:]))
 
 
-def test_training_reduces_the_loss():
-    model = make_model().train()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layer_types": [LINEAR, FULL], "pkm_layers": [1], "fwpkm_layers": [0], "fwpkm_learn_initial_values": True}],
+)
+def test_training_reduces_the_loss_and_reaches_every_parameter(options):
+    model = make_model(**options).train()
     tokens = torch.randint(32, (4, 32), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
@@ -122,12 +205,15 @@ def test_training_reduces_the_loss():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize("key_update", KEY_UPDATES)
 @torch.no_grad()
 def test_save_and_load(tmp_path, key_update):
-    model = make_model(fwpkm_key_update=key_update)
+    learned = key_update == "slow"
+    layout = {"layer_types": [LINEAR, SLIDING], "pkm_layers": [1], "fwpkm_learn_initial_values": learned}
+    model = make_model(fwpkm_key_update=key_update, **layout)
     model.save_pretrained(tmp_path)
     tokens = torch.randint(32, (1, 20))
     want = model(tokens).logits
@@ -139,6 +225,42 @@ def test_save_and_load(tmp_path, key_update):
     for name, value in model.config.to_dict().items():
         assert name in ("_name_or_path", "transformers_version") or loaded[name] == value
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+    want, half = model.bfloat16().state_dict(), FwPKMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.blocks[1].mlp.values.dtype == torch.float32
+    for name, x in half.state_dict().items():
+        assert_close(x, want[name], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_a_checkpoint_lacks_is_drawn(tmp_path):
+    """Other mixers and memories on top of a trained model start as in a new one."""
+    make_model(fwpkm_layers=[]).save_pretrained(tmp_path)
+    config = make_config(layer_types=[LINEAR, FULL], pkm_layers=[1], linear_num_key_heads=16, linear_num_value_heads=64)
+    model = FwPKMForCausalLM.from_pretrained(tmp_path, config=config)
+    decay, memory = model.blocks[0].mixer, model.blocks[1].mlp
+    assert torch.equal(decay.dt_bias, torch.ones(64))
+    assert 0.01 <= decay.A_log.exp().min() < 2
+    assert 14 < decay.A_log.exp().max() <= 16
+    assert memory.keys.abs().max() <= 6**-0.5
+    assert 0.8 * 8**-0.5 < memory.values.std() < 1.2 * 8**-0.5
+    assert model(torch.randint(32, (1, 20))).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_memories_stay_float32_in_half_precision():
+    """Cast or loaded, sub-keys and values are those of the checkpoint; the rest of the model is cast."""
+    model = make_model(layer_types=[LINEAR, FULL], pkm_layers=[0], fwpkm_learn_initial_values=True)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    kept = set()
+    for name, x in model.bfloat16().state_dict().items():
+        if x.dtype == torch.float32:
+            assert torch.equal(x, before[name])
+            kept.add(name)
+        else:
+            assert torch.equal(x, before[name].bfloat16())
+    memories = ("blocks.0.memory", "blocks.1.memory", "blocks.0.mlp")
+    assert kept == {f"{module}.{name}" for module in memories for name in ("keys", "values")}
+    assert model(torch.randint(32, (2, 20))).logits.dtype == torch.bfloat16
 
 
 @torch.no_grad()
@@ -171,6 +293,15 @@ def test_logits_to_keep_and_use_cache():
         ({"sliding_window": None}, "sliding_window is None; expected a number of tokens"),
         ({"fwpkm_write_scale": "large"}, "write_scale is 'large'; expected 'reference' or 'paper' or 'exact'"),
         ({"fwpkm_chunk_size": 0}, "chunk_size is 0; expected an integer >= 1"),
+        ({"pkm_layers": [-1]}, r"pkm_layers is -1; expected a block in \[0, 2\)"),
+        ({"pkm_heads": 0}, "pkm_heads is 0; expected a positive integer"),
+        ({"pkm_key_dim": 5}, "pkm_key_dim is 5; expected a positive even number"),
+        ({"pkm_topk": 6}, r"pkm_topk is 6; expected at most pkm_n_subkeys \(5\)"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; expected a positive integer"),
+        (
+            {"linear_num_key_heads": 3},
+            r"linear_num_value_heads is 2; expected a multiple of linear_num_key_heads \(3\)",
+        ),
     ],
 )
 def test_bad_configuration(options, message):
@@ -187,3 +318,22 @@ def test_bad_input():
         model(tokens.float())
     with pytest.raises(ValueError, match=r"labels.shape is \[1, 11\]; expected \[1, 12\]"):
         model(tokens, labels=tokens[:, 1:])
+
+
+def test_bad_placement():
+    model = make_model()
+    tokens, cache = torch.randint(32, (2, 12)), FwPKMCache(model.config)
+    model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask.shape is \[2, 12\]; expected \[2, 24\]"):
+        model(tokens, attention_mask=torch.ones(2, 12), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"position_ids.shape is \[1, 11\]; expected \[B, 12\]"):
+        model(tokens, position_ids=torch.arange(11).unsqueeze(0))
+    with pytest.raises(ValueError, match=r"position_ids.shape\[0\] is 3; expected 1 or 2"):
+        model(tokens, position_ids=torch.arange(12).expand(3, -1))
+    with pytest.raises(ValueError, match=r"position_ids.dtype is torch.float32; expected torch.int64"):
+        model(tokens, position_ids=torch.arange(12.0).unsqueeze(0))
+    packed, mask = (torch.arange(12) % 6).unsqueeze(0), torch.ones(2, 12)
+    mask[0, 0] = 0
+    for options in ({"attention_mask": mask}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="position_ids is not counting up by one; expected one sequence a row"):
+            model(tokens, position_ids=packed, **options)

@@ -62,7 +62,8 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
         value = parts[2].unflatten(-1, (self.num_v_heads, -1))
 
         beta = b.sigmoid()
-        decay = self.A_log.float().exp() * logsigmoid(-a.float() - self.dt_bias)  # -exp(A) softplus(a + dt)
+        # -exp(A_log) softplus(a + dt_bias); the backward of torch's softplus breaks captured graphs by its strides.
+        decay = self.A_log.float().exp() * logsigmoid(-a.float() - self.dt_bias)
         if attention_mask is not None:  # neither written nor forgotten
             masked = ~attention_mask.unsqueeze(-1)
             beta, decay = beta.masked_fill(masked, 0), decay.masked_fill(masked, 0)

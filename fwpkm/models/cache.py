@@ -27,6 +27,11 @@ class FwPKMCache(DynamicCache):
         self.padded = False
         self._reach = max(config.fwpkm_query_conv - 1, 0)
 
+    @property
+    def is_compileable(self) -> bool:
+        """Not by ``generate`` on its own: the memories' states grow."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, masked ones included (transformers' own knows no length without attention layers)."""
         return self.tokens

@@ -172,7 +172,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only; 0 for all.
             commit_partial: commit the memories' open chunks after these tokens (into ``past_key_values``).
         """
-        if self.training and torch._C._current_graph_task_id() == -1:  # not where a checkpoint repeats this forward
+        if self.training and not _repeated():
             self.commit()
         require_shape("input_ids", input_ids, ("B", "T"))
         require_dtype("input_ids", input_ids, torch.int64, torch.int32)
@@ -223,6 +223,11 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
             gates=tuple(r.gate for r in results),
             slots=tuple(r.memory.slots for r in results),
         )
+
+
+def _repeated() -> bool:
+    """Whether an activation checkpoint runs this forward once more, in a backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mean(gates: Tensor, mask: Tensor | None) -> Tensor:

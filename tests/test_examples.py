@@ -1,0 +1,17 @@
+"""Every file in examples runs, and prints what it is there to show."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+SHOWN = {
+    "in_your_block": r"step 60: loss \S+, +(9[5-9]|100)\.\d% of the facts recalled",
+}
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_runs_and_shows(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert re.search(SHOWN[path.stem], capsys.readouterr().out)
