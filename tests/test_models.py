@@ -1,15 +1,13 @@
-"""The language model: streaming, saving, losses, isolation, in transformers' form."""
+"""The language model in transformers' form: saving, losses, graphs, what it refuses."""
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMConfig, FwPKMForCausalLM
-from tests.draws import Draw, seeds
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 MIXERS = [[SLIDING] * 2, [FULL] * 2, [LINEAR] * 2, [SLIDING, FULL], [LINEAR, SLIDING], [FULL, LINEAR]]
@@ -54,68 +52,6 @@ def make_config(**options) -> FwPKMConfig:
 def make_model(seed: int = 0, **options) -> FwPKMForCausalLM:
     torch.manual_seed(seed)
     return FwPKMForCausalLM(make_config(**options)).eval()
-
-
-@given(
-    seed=seeds, cuts=st.sets(st.integers(1, 29), max_size=6), layout=LAYOUTS, key_update=st.sampled_from(KEY_UPDATES)
-)
-@torch.no_grad()
-def test_streams(seed, cuts, layout, key_update):
-    """Any prefill split, down to token by token, gives the logits of one pass."""
-    model = make_model(seed, fwpkm_key_update=key_update, **layout)
-    tokens = Draw(seed).integers(32, 2, 30)
-    whole = model(tokens).logits
-    cache = FwPKMCache(model.config)
-    pieces = [model(x, past_key_values=cache).logits for x in tokens.tensor_split(sorted(cuts), dim=1)]
-    assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
-    assert cache.get_seq_length() == 30
-
-
-@given(seed=seeds, layout=LAYOUTS)
-@torch.no_grad()
-def test_isolation(seed, layout):
-    """What a sequence gets does not depend on what else is in the batch."""
-    model = make_model(seed, **layout)
-    tokens = Draw(seed).integers(32, 3, 20)
-    together = model(tokens).logits
-    for row in range(3):
-        assert_close(model(tokens[row : row + 1]).logits, together[row : row + 1], rtol=1e-4, atol=1e-4)
-
-
-@given(seed=seeds, layout=LAYOUTS, cuts=st.sets(st.integers(1, 23), max_size=4), padding=st.integers(1, 23))
-@torch.no_grad()
-def test_left_padded_is_unpadded(seed, layout, cuts, padding):
-    """Masked tokens change nothing, in one pass and in any number of calls, and positions count the others."""
-    model = make_model(seed, fwpkm_layers=[], **layout)
-    tokens = Draw(seed).integers(32, 2, 24)
-    mask = torch.ones(2, 24, dtype=torch.int64)
-    mask[1, :padding] = 0
-    cache = FwPKMCache(model.config)
-    pieces = []
-    for piece in tokens.tensor_split(sorted(cuts), dim=1):
-        read = cache.get_seq_length() + piece.shape[1]
-        pieces.append(model(piece, attention_mask=mask[:, :read], past_key_values=cache).logits)
-    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as generate gives them
-    explicit = model(tokens, attention_mask=mask, position_ids=positions).logits
-    for have in (model(tokens, attention_mask=mask).logits, explicit, torch.cat(pieces, 1)):
-        assert_close(have[:1], model(tokens[:1]).logits, rtol=1e-4, atol=1e-4)
-        assert_close(have[1:, padding:], model(tokens[1:, padding:]).logits, rtol=1e-4, atol=1e-4)
-
-
-@given(seed=seeds, layout=LAYOUTS, cuts=st.sets(st.integers(1, 29), min_size=1, max_size=4), shared=st.booleans())
-@torch.no_grad()
-def test_packed_is_separate(seed, layout, cuts, shared):
-    """Positions that begin again in a row begin another sequence, which sees nothing of those before it."""
-    model = make_model(seed, fwpkm_layers=[], **layout)
-    tokens = Draw(seed).integers(32, 2, 30)
-    parts = tokens.tensor_split(sorted(cuts), dim=1)
-    positions = torch.cat([torch.arange(part.shape[1]) for part in parts]).unsqueeze(0)
-    if not shared:  # the first row packed, the second one whole
-        positions = torch.cat((positions, torch.arange(30).unsqueeze(0)))
-    have = model(tokens, position_ids=positions).logits
-    separate = torch.cat([model(part).logits for part in parts], 1)
-    assert_close(have[:1], separate[:1], rtol=1e-4, atol=1e-4)
-    assert_close(have[1:], separate[1:] if shared else model(tokens).logits[1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [[LINEAR, SLIDING], [FULL, SLIDING]])

@@ -145,7 +145,7 @@ class FwPKM(MemoryWeights):
         query_input, gate_input, inputs = self._inputs(hidden, state and state.inputs, mask, starts)
         query = rearrange(self.query(query_input), "b t (h d) -> b t h d", h=self.heads)
         target = zscore(self.value(self.value_norm(hidden)))
-        gate = self.gate(gate_input).squeeze(-1).float().sigmoid()
+        gate = at_least_float32(self.gate(gate_input).squeeze(-1)).sigmoid()
         start: FastWeights | MemoryState = FastWeights(self.keys, self.values) if state is None else state.memory
         config = self.config
         if isinstance(start, MemoryState):
@@ -228,5 +228,10 @@ def _following(past: Tensor, hidden: Tensor, mask: Tensor | None, starts: Tensor
 
 def zscore(x: Tensor) -> Tensor:
     """Each vector with mean 0 and unbiased standard deviation 1, in float32 (DESIGN 2.10)."""
-    x = x.float()
+    x = at_least_float32(x)
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -63,6 +63,7 @@ def train(model: FwPKMForCausalLM, text: Bytes, settings: NeedleTraining) -> Ite
         (result.loss + settings.answer_weight * answer_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        model.discard()  # a memory that a batch shared ends with it: numbers of other texts are of no use to the next
         optimizer.zero_grad()
         schedule.step()
         with torch.no_grad():
