@@ -43,6 +43,7 @@ class FwPKMPreTrainedModel(PreTrainedModel):
     config: FwPKMConfig
     config_class = FwPKMConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["DecoderBlock"]  # noqa: RUF012 (transformers' own form)
