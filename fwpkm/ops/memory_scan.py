@@ -275,10 +275,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor, _rows: Tensor, _local: Tensor) -> Any:
     values_need_grad = ctx.needs_input_grad[0]
+    saved = ctx.saved_tensors  # read once: that is all that activation checkpointing allows
     *inputs, log_coefficients, log_residuals, values = _backward_operator(
-        grad_out, *ctx.saved_tensors, ctx.n_slots, values_need_grad
+        grad_out, *saved, ctx.n_slots, values_need_grad
     )
-    if ctx.saved_tensors[8] is None:  # no log
+    if saved[8] is None:  # no log
         log_coefficients = log_residuals = None
     return values if values_need_grad else None, None, *inputs, None, log_coefficients, log_residuals, None
 
