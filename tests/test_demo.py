@@ -204,7 +204,7 @@ def test_variants(tmp_path, text, monkeypatch):
 
 
 def test_command(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT", TINY)
+    monkeypatch.setattr(cli.demo, "DEFAULT", TINY)
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), "--text", str(text), "--steps", "1"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "index.html").exists()
@@ -228,7 +228,7 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, make, message):
 
 
 def test_a_text_too_short_for_the_documents_is_refused(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT", dataclasses.replace(TINY, training=NeedleTraining(steps=1, length=10**6)))
+    monkeypatch.setattr(cli.demo, "DEFAULT", dataclasses.replace(TINY, training=NeedleTraining(steps=1, length=10**6)))
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), "--text", str(text)])
     assert result.exit_code == 2
     assert "expected more than" in result.stderr

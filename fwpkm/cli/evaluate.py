@@ -77,6 +77,7 @@ def needles(
     with errors_in_one_line(), progress_bars() as progress:
         for name, value in (("texts", texts), ("facts", facts)):
             require(value >= 1, name, value, "a positive integer")
+        require(seed >= 0, "seed", seed, "a number >= 0")
         model, codec = _load(checkpoint)
         require(codec.tokenizer is None, "checkpoint", checkpoint, "a byte-level model: it has a tokenizer")
         _, filler = load_split(text_files(text) if text else standard_library())
