@@ -27,11 +27,10 @@ from fwpkm.evaluation.recall import Recall, ask
 from fwpkm.files import write_atomically
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 from fwpkm.report import recall_curve, recall_heat_map, training_curve, write_page
+from fwpkm.training.loop import Progress
 from fwpkm.training.needles import NeedleTraining, train
 
 CONTEXT = 120  # bytes of text shown around a needle
-
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)

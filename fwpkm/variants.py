@@ -17,7 +17,6 @@ from fwpkm.checks import require
 from fwpkm.data.text import load_split, standard_library, text_files
 from fwpkm.demo import (
     DemoSettings,
-    Progress,
     Questions,
     documents,
     for_sequences,
@@ -28,6 +27,7 @@ from fwpkm.demo import (
 from fwpkm.evaluation.recall import ask
 from fwpkm.files import write_atomically
 from fwpkm.memory import KEY_UPDATES, WRITE_SCALES
+from fwpkm.training.loop import Progress
 from fwpkm.training.needles import NeedleTraining
 
 QUERY_CONVS = (0, 4, 8, 16)

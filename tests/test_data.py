@@ -90,8 +90,8 @@ def test_bad_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a text file or a folder"):
         text_files(tmp_path / "nowhere")
     assert text_files(tmp_path) == []
-    with pytest.raises(ValueError, match="text is empty; expected bytes in the 0 files"):
+    with pytest.raises(ValueError, match="text is empty; expected text in the 0 documents"):
         load_split([])
     (tmp_path / "one.txt").write_text("hello")
-    with pytest.raises(ValueError, match="training text is empty; expected bytes in the 1 files"):
+    with pytest.raises(ValueError, match="training text is empty; expected text in the 1 documents"):
         load_split(text_files(tmp_path))

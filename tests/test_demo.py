@@ -132,7 +132,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, model: FwPKMForCausalLM, documents, wrong: set[tuple[int, int]]) -> None:
         super().__init__()
         self.config, self.documents, self.wrong = model.config, documents, wrong
-        self.read = 0
+        self.device, self.read = torch.device("cpu"), 0
 
     def forward(self, tokens, past_key_values):
         start, self.read = self.read, self.read + tokens.shape[1]
@@ -204,7 +204,7 @@ def test_variants(tmp_path, text, monkeypatch):
 
 
 def test_command(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT", TINY)
+    monkeypatch.setattr(cli.demo, "DEFAULT", TINY)
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), "--text", str(text), "--steps", "1"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "index.html").exists()
@@ -214,7 +214,7 @@ def test_command(tmp_path, text, monkeypatch):
     ("make", "message"),
     [
         (lambda path: path / "nowhere", "does not exist; expected a text file or a folder"),
-        (lambda path: path, "text is empty; expected bytes in the 0 files given"),
+        (lambda path: path, "text is empty; expected text in the 0 documents given"),
     ],
 )
 def test_command_says_what_is_wrong_in_one_line(tmp_path, make, message):
@@ -228,7 +228,7 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, make, message):
 
 
 def test_a_text_too_short_for_the_documents_is_refused(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT", dataclasses.replace(TINY, training=NeedleTraining(steps=1, length=10**6)))
+    monkeypatch.setattr(cli.demo, "DEFAULT", dataclasses.replace(TINY, training=NeedleTraining(steps=1, length=10**6)))
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), "--text", str(text)])
     assert result.exit_code == 2
     assert "expected more than" in result.stderr

@@ -1,7 +1,9 @@
-"""Real text that is on every machine: the sources of Python's standard library."""
+"""Where text comes from: files, folders, data sets, and the sources of Python's standard library on every machine."""
 
 import hashlib
 import sysconfig
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from fwpkm.checks import require
 
 Bytes = NDArray[np.uint8]
+Document = Callable[[], bytes]  # reads its text when called, so that large collections need no memory
 
 
 def standard_library() -> list[Path]:
@@ -25,20 +28,58 @@ def text_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def load_split(files: list[Path], held_out: float = 0.1) -> tuple[Bytes, Bytes]:
-    """Join files to two texts, for training and for evaluation. Which a file belongs to depends on its content only.
+def file_documents(paths: Sequence[Path]) -> list[Document]:
+    """Each file as a document."""
+    return [path.read_bytes for path in paths]
+
+
+def dataset_documents(name: str, column: str = "text") -> list[Document]:
+    """Each row of the ``train`` part of a Hugging Face data set as a document.
+
+    Args:
+        name: as ``datasets.load_dataset`` takes it, a folder too; ``name:configuration`` names a configuration.
+        column: where the rows have their text.
 
     Raises:
-        ValueError: if one of the texts is empty.
+        ValueError: if the package ``datasets`` is missing, or the data set, its ``train`` part or the column.
     """
-    contents = sorted({path.read_bytes() for path in files}, key=_digest)
-    n_held_out = max(1, round(len(contents) * held_out))
-    parts = contents[n_held_out:], contents[:n_held_out]
-    train, held = (np.frombuffer(b"\n".join(part), dtype=np.uint8) for part in parts)
-    for name, text in (("training text", train), ("held-out text", held)):
-        require(text.size > 0, name, "empty", "bytes in the {} files given (at least two different files)", len(files))
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise ValueError("a data set by name needs the package datasets: pip install 'fwpkm[data]'") from None
+    path, _, configuration = name.partition(":")
+    try:
+        rows = load_dataset(path, configuration or None, split="train")
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"dataset is {name!r}; expected one that loads ({error})") from error
+    require(column in rows.column_names, "column", repr(column), "one of {}", rows.column_names)
+    return [partial(_row, rows, i, column) for i in range(len(rows))]
+
+
+def _row(rows: Sequence[dict[str, str]], i: int, column: str) -> bytes:
+    return rows[i][column].encode()
+
+
+def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tuple[list[Document], list[Document]]:
+    """Those for training and those for evaluation, each once. Which is which depends on their content only.
+
+    Raises:
+        ValueError: if there are not enough for both.
+    """
+    by_digest = {hashlib.sha256(read()).digest(): read for read in documents}
+    ordered = [by_digest[digest] for digest in sorted(by_digest)]
+    n_held_out = max(1, round(len(ordered) * held_out))
+    train, held = ordered[n_held_out:], ordered[:n_held_out]
+    given = len(documents)
+    for name, part in (("training text", train), ("held-out text", held)):
+        empty = not any(len(read()) for read in part)
+        require(not empty, name, "empty", "text in the {} documents given (at least two different ones)", given)
     return train, held
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+def load_split(files: Sequence[Path], held_out: float = 0.1) -> tuple[Bytes, Bytes]:
+    """Join files to two texts, for training and for evaluation, as :func:`split_documents` divides them."""
+    parts = split_documents(file_documents(files), held_out)
+    train, held = (np.frombuffer(b"\n".join(read() for read in part), dtype=np.uint8) for part in parts)
+    return train, held

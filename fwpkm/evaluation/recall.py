@@ -129,11 +129,11 @@ def _stream(
     width = max(1, call // batch)
     for first in range(0, tokens.shape[1], width):
         piece = tokens[:, first : first + width].long()
-        result = model(piece, past_key_values=cache)
+        result = model(piece.to(model.device), past_key_values=cache)
         given[:, first : first + width] = result.logits.argmax(-1)
         if result.gates:
-            gates.append(result.gates[0])
-            touched.scatter_(1, result.slots[0].flatten(1), True)
+            gates.append(result.gates[0].cpu())
+            touched.scatter_(1, result.slots[0].flatten(1).cpu(), True)
         on_bytes(piece.numel())
     answers = given.gather(1, before_answers).view(batch, -1, DIGITS)
     return answers, torch.cat(gates, 1), touched.float().mean(1)

@@ -27,11 +27,13 @@ class FwPKMOutput(CausalLMOutputWithPast):
     """transformers' causal LM output, and what the memories did.
 
     Attributes:
+        token_loss: mean cross entropy of the next tokens, ``loss`` without its extras.
         addressing_loss: mean over the memory layers (with ``fwpkm_key_update="slow"`` a part of ``loss``).
         gates: ``[B, T]`` of each memory layer.
         slots: ``[B, T, H * k]`` of each memory layer.
     """
 
+    token_loss: Tensor | None = None
     addressing_loss: Tensor | None = None
     gates: tuple[Tensor, ...] | None = None
     slots: tuple[Tensor, ...] | None = None
@@ -78,6 +80,13 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Under torch's DistributedDataParallel each process keeps the memories it has: they are not sent around.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{name}.{buffer}"
+            for name, module in self.named_modules()
+            if isinstance(module, FwPKM)
+            for buffer, _ in module.named_buffers(recurse=False)
+        ]
         self.post_init()
 
     def commit(self) -> None:
@@ -207,10 +216,12 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                 past_key_values.flush()
         logits = self.lm_head(self.norm(hidden)[:, -logits_to_keep:])
         addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean() if results else None
-        loss: Tensor | None = None
+        token_loss: Tensor | None = None
         if labels is not None:
             require_shape("labels", labels, input_ids.shape)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            token_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = token_loss
+        if loss is not None:
             if addressing_loss is not None and self.config.fwpkm_key_update == "slow":
                 loss = loss + self.config.fwpkm_addressing_weight * addressing_loss
             if results and self.config.fwpkm_gate_weight:
@@ -218,6 +229,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                 loss = loss + self.config.fwpkm_gate_weight * _mean(gates, placement.mask)
         return FwPKMOutput(
             loss=loss,
+            token_loss=token_loss,
             logits=logits,
             past_key_values=past_key_values,
             addressing_loss=addressing_loss,

@@ -1,0 +1,89 @@
+"""``fwpkm generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from fwpkm.checks import require
+from fwpkm.cli.console import errors_in_one_line
+from fwpkm.data.codec import Codec, Decoder
+from fwpkm.models import FwPKMCache, FwPKMForCausalLM
+from fwpkm.training import checkpoint as checkpoints
+
+PIECE = 4096  # tokens of the prompt read at once
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with that text.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of that share together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Draws the tokens.")] = 0,
+) -> None:
+    """Go on with a text, token by token; the memories read the text first."""
+    with errors_in_one_line():
+        require(
+            (prompt is None) != (file is None),
+            "prompt",
+            "given as --prompt and --file" if file else "missing",
+            "one of --prompt and --file",
+        )
+        require(tokens >= 1, "tokens", tokens, "a positive integer")
+        require(temperature >= 0, "temperature", temperature, "a number >= 0")
+        require(0 < top_p <= 1, "top_p", top_p, "a share in (0, 1]")
+        text = file.read_bytes() if file else (prompt or "").encode()
+        found = checkpoints.find(checkpoint)
+        codec = Codec.of_checkpoint(found)
+        known = torch.from_numpy(codec.encode(text).astype("int64"))
+        require(known.numel() >= 1, "prompt", "empty", "at least one token")
+        model = FwPKMForCausalLM.from_pretrained(found).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        print(text.decode(errors="replace"), end="", flush=True)
+        _generate(model, known.unsqueeze(0).to(model.device), tokens, temperature, top_p, _Printer(codec.decoder()))
+
+
+@torch.no_grad()
+def _generate(
+    model: FwPKMForCausalLM, known: Tensor, tokens: int, temperature: float, top_p: float, printer: _Printer
+) -> None:
+    cache = FwPKMCache(model.config)
+    for first in range(0, known.shape[1] - 1, PIECE):  # all but the last token, which generate() reads
+        model(known[:, first : min(first + PIECE, known.shape[1] - 1)], past_key_values=cache, logits_to_keep=1)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    model.generate(
+        known,
+        attention_mask=torch.ones_like(known),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        streamer=printer,
+        **(drawn if temperature else {"do_sample": False}),
+    )
+
+
+class _Printer(BaseStreamer):
+    """Prints what ``generate()`` adds to the prompt as soon as it is text."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt:  # comes first
+            self._prompt = False
+            return
+        self._print(self._decoder.decode(int(value)))
+
+    def end(self) -> None:
+        self._print(self._decoder.finish() + "\n")
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)
