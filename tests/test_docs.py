@@ -20,9 +20,16 @@ def test_variants_table_is_the_committed_comparison():
     assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
 
 
-def test_readme_examples_run():
-    text = (ROOT / "README.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
-    for block in blocks:
+def blocks(page: str) -> list[str]:
+    return [block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:]]
+
+
+def test_readme_examples_run_each_by_itself():
+    assert len(blocks("README.md")) == 2
+    for block in blocks("README.md"):
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_guide_runs_from_top_to_bottom():
+    assert len(blocks("docs/memory.md")) == 4
+    exec(compile("\n".join(blocks("docs/memory.md")), "docs/memory.md", "exec"), {})

@@ -13,8 +13,9 @@ from fwpkm.functional.columns import read_columns
 from fwpkm.functional.ragged import read_ragged
 from fwpkm.functional.tokens import ChunkLosses, Read, Tokens
 from fwpkm.memory.config import MemoryConfig
+from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import addressing_loss, subkey_usage
-from fwpkm.memory.state import FastWeights, MemoryState
+from fwpkm.memory.state import MemoryState
 
 
 class MemoryResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a memory is: a starting point, and the state of memories at work."""
+"""The state of memories at work."""
 
 from __future__ import annotations
 
@@ -11,39 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.checks import require, require_choice, require_dtype, require_fast_weight_dtype, require_shape
+from fwpkm.checks import require, require_choice, require_shape
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.config import MemoryConfig
-from fwpkm.memory.formulas import reads_of_slot, relative_write_scale, residual_dtype, weights_of
+from fwpkm.memory.fast_weights import FastWeights
+from fwpkm.memory.formulas import relative_write_scale, residual_dtype, weights_of
 from fwpkm.memory.packing import rows
 from fwpkm.memory.write_log import WriteLog
 from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
-
-
-@dataclass(frozen=True)
-class FastWeights:
-    """A starting point of memories: sub-keys and values, dense.
-
-    Args:
-        keys: ``[H, 2, n, Dk/2]``, or ``[M, H, 2, n, Dk/2]`` for memories that start from keys of their own; float32
-            (float64 for numerical checks).
-        values: ``[n * n, Dv]``, dtype of ``keys``. Many memories share it, and none writes to it.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __post_init__(self) -> None:
-        keys = self.all_keys
-        require_shape("keys", keys, ("M", "H", 2, "n", "Dk/2"))
-        require_fast_weight_dtype("keys", keys)
-        require_shape("values", self.values, (keys.shape[3] ** 2, "Dv"))
-        require_dtype("values", self.values, keys.dtype)
-
-    @property
-    def all_keys(self) -> Tensor:
-        """The keys with the memories' dimension, ``[M or 1, H, 2, n, Dk/2]``."""
-        return self.keys if self.keys.dim() == 5 else self.keys.unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -199,7 +174,9 @@ class MemoryState:
     def dense_values(self) -> Tensor:
         """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy."""
         values = self.values.repeat(self.memories, 1) if self.own_values is None else self.own_values.clone()
-        return values if self.log is None else memory_write_(values, *self._writes(self.log))
+        if self.log is not None:
+            memory_write_(values, *self.log.writes(self.per_memory(self.committed), self.n_slots))
+        return values
 
     def write_back(self) -> None:
         """Write what this state (``M = 1``) has committed into the starting point that it refers to, in place.
@@ -212,26 +189,9 @@ class MemoryState:
         if self.own_values is not None:
             values.copy_(self.own_values)
         if self.log is not None:
-            memory_write_(values, *self._writes(self.log.detach()))
+            memory_write_(values, *self.log.detach().writes(self.per_memory(self.committed), self.n_slots))
         if self.keys.data_ptr() != keys.data_ptr():
             keys.copy_(self.keys.detach())
-
-    def _writes(self, log: WriteLog) -> tuple[Tensor, Tensor, Tensor]:
-        """What the committed records add to the memories' values ``[M * N, Dv]``: slots, coefficients, residuals."""
-        memory = torch.arange(self.memories, device=self.keys.device).unsqueeze(1)
-        index = torch.arange(log.slots.shape[1], device=self.keys.device)
-        lengths = self.per_memory(self.committed).unsqueeze(1)
-        counts_in = (index < lengths).unsqueeze(-1) & (log.slots >= 0)
-        slots = torch.where(counts_in, log.slots, 0)
-        # entries that do not count are a chunk of their own, and write nothing
-        chunk = torch.where(counts_in, log.chunks.unsqueeze(-1), -1) * self.memories + memory.unsqueeze(-1)
-        counts = reads_of_slot(slots.flatten(1).unsqueeze(-1), chunk.flatten(1), self.n_slots).view(slots.shape)
-        carrier = (index + log.lookahead).clamp_max(index.numel() - 1)
-        writes = (index + log.lookahead < lengths) & (log.chunks[:, carrier] == log.chunks)
-        coefficients = torch.where(counts_in & writes.unsqueeze(-1), log.coefficients / counts, 0.0)
-        residuals = torch.where(writes.unsqueeze(-1), log.residuals[:, carrier].to(coefficients.dtype), 0.0)
-        slots = slots + (memory * self.n_slots).unsqueeze(-1)
-        return slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1)
 
     def select(self, indices: Tensor | Sequence[int]) -> MemoryState:
         """The memories ``indices`` (of the ``sequence`` scope; repeated ones as often as named), as a beam search does.

@@ -17,7 +17,8 @@ from fwpkm.checks import require
 from fwpkm.files import write_atomically
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.config import MemoryConfig
-from fwpkm.memory.state import COUNTS, FastWeights, MemoryState
+from fwpkm.memory.fast_weights import FastWeights
+from fwpkm.memory.state import COUNTS, MemoryState
 from fwpkm.memory.write_log import WriteLog
 
 FORMAT, VERSION = "fwpkm.MemoryState", 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.formulas import reads_of_slot
 from fwpkm.ops import Log
 
 
@@ -57,6 +58,27 @@ class WriteLog:
     def first(self, lengths: Tensor) -> Log:
         """The first ``lengths [M]`` records of each memory, as operators take them."""
         return Log(self.slots, self.coefficients, self.residuals, self.chunks, lengths, self.lookahead)
+
+    def writes(self, lengths: Tensor, n_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What each memory's first ``lengths [M]`` records add to the values of all memories ``[M * N, Dv]``.
+
+        Returns slots ``[M * R, K]``, coefficients, divided by ``N_s``, and residuals ``[M * R, Dv]``, each beside the
+        slots that it is written to.
+        """
+        memory = torch.arange(self.slots.shape[0], device=lengths.device).unsqueeze(1)
+        index = torch.arange(self.slots.shape[1], device=lengths.device)
+        counts_in = (index < lengths.unsqueeze(1)).unsqueeze(-1) & (self.slots >= 0)
+        slots = torch.where(counts_in, self.slots, 0)
+        # entries that do not count are a chunk of their own, and write nothing
+        chunk = torch.where(counts_in, self.chunks.unsqueeze(-1), -1) * memory.numel() + memory.unsqueeze(-1)
+        counts = reads_of_slot(slots.flatten(1).unsqueeze(-1), chunk.flatten(1), n_slots).view(slots.shape)
+        carrier = (index + self.lookahead).clamp_max(index.numel() - 1)
+        stored = (index + self.lookahead < lengths.unsqueeze(1)) & (self.chunks[:, carrier] == self.chunks)
+        stored = stored.unsqueeze(-1)
+        coefficients = torch.where(counts_in & stored, self.coefficients / counts, 0.0)
+        residuals = torch.where(stored, self.residuals[:, carrier].to(coefficients.dtype), 0.0)
+        slots = slots + (memory * n_slots).unsqueeze(-1)
+        return slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1)
 
     def detach(self) -> WriteLog:
         """The same, cut from the graph that computed it."""
