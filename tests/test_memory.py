@@ -31,6 +31,7 @@ CONFIG = MemoryConfig(topk=2, chunk_size=4)
         ("key_update", "never", "'fast' or 'train_only' or 'slow'"),
         ("scope", "token", "'sequence' or 'shared'"),
         ("detach_every", 0, "None or an integer >= 1"),
+        ("log_dtype", "float16", "'float32' or 'bfloat16'"),
     ],
 )
 def test_bad_configuration(field, value, expected):
@@ -68,6 +69,14 @@ def test_bad_starting_point(keys, values, message):
         ({"target": TARGET.int()}, "target.dtype is torch.int32; expected a floating dtype"),
         ({"gate": GATE[:1]}, r"gate.shape is \[1, 6\]; expected \[2, 6\]"),
         ({"gate": GATE > 0.5}, "gate.dtype is torch.bool; expected a floating dtype"),
+        ({"mask": GATE}, "mask.dtype is torch.float32; expected torch.bool"),
+        ({"mask": GATE[:, :5] > 0}, r"mask.shape is \[2, 5\]; expected \[2, 6\]"),
+        ({"reset": GATE.long()}, "reset.dtype is torch.int64; expected torch.bool"),
+        ({"reset": GATE[0] > 0}, r"reset.shape is \[6\]; expected \[2, 6\]"),
+        ({"query": QUERY * torch.nan}, "query or keys holds NaN; expected numbers"),
+        ({"target": TARGET * torch.nan}, "targets holds NaN; expected numbers"),
+        ({"gate": GATE * torch.nan}, "gates holds NaN; expected numbers"),
+        ({"query": QUERY[:, :0], "target": TARGET[:, :0], "gate": GATE[:, :0]}, r"query.shape\[:2\] is \[2, 0\]"),
         ({"config": MemoryConfig(topk=6)}, r"config.topk is 6; expected at most n_subkeys \(5\)"),
         ({"memory": FastWeights(torch.randn(3, 1, 2, 5, 2), START.values)}, r"keys.shape\[0\] is 3; expected 1 or 2"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fwpkm import MemoryConfig, MemoryState, fast_weight_memory, reference
-from fwpkm.memory import COUNTS
+from fwpkm.memory import COUNTS, KEY_UPDATES
 from tests.draws import Draw, seeds
 from tests.test_functional import OVERSHOT, Inputs, configs, dense, draw_inputs, sizes
 
@@ -77,6 +77,37 @@ def test_equals_the_reference(config, seed, masked, restarts, cuts, training, pa
     for name, have, expected in zip(Inputs._fields, have_grads, want_grads, strict=True):
         scale = expected.abs().max().clamp_min(1)
         assert_close(have / scale, expected / scale, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@given(
+    seed=seeds,
+    every=st.integers(1, 2),
+    chunk_size=st.integers(1, 3),
+    key_update=st.sampled_from(KEY_UPDATES),
+    packed=st.booleans(),
+    cuts=st.lists(st.integers(1, 15), min_size=1, max_size=3),
+)
+def test_gradients_are_cut_where_each_row_is_due(seed, every, chunk_size, key_update, packed, cuts):
+    """``detach_every`` counts each row's own chunks, in one call as in several: keys, values and logs are cut there."""
+    config = MemoryConfig(
+        topk=2,
+        chunk_size=chunk_size,
+        lookahead=0,
+        write_scale="exact",
+        learning_rate=0.5,
+        key_update=key_update,
+        detach_every=every,
+    )
+    inputs = draw_inputs(seed, 2, 16, 1, 4)
+    options: dict[str, Any] = {"mask": flags(seed + 1, 0.8, 2, 16), "training": True}
+    if packed:
+        options["reset"] = flags(seed + 2, 0.15, 2, 16)
+    theirs, ours = inputs.leaves(), inputs.leaves()
+    weight = Draw(seed + 3).normal(2, 16, 4)
+    want = gradients((reference.fast_weight_memory(*theirs, config, **options).output * weight).sum(), theirs)
+    have = gradients((run(ours, config, cuts, **options)[0] * weight).sum(), ours)
+    for name, a, b in zip(Inputs._fields, have, want, strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def gradients(loss: Tensor, leaves: Inputs) -> list[Tensor]:

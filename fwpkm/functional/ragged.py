@@ -88,7 +88,7 @@ class _Layout:
         self.before_complete = ends.any(1)
 
         self.n_cells = 1 + (kept + length - 1) // chunk_size
-        self.size = 1 if self.n_cells == 1 else chunk_size if sequence is None else 2 * chunk_size
+        self.size = 1 if self.n_cells == 1 else chunk_size if sequence is None else 2 * chunk_size - 1
         cell = self.chunk // chunk_size
         place = coordinate - cell * chunk_size if self.n_cells > 1 else torch.zeros_like(cell)
         memory = torch.arange(state.memories, device=device).unsqueeze(1)
