@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,18 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "a" / "b"):
         pass
     assert (tmp_path / "a" / "b" / "file").read_text() == "all"
+
+
+def test_a_folder_that_is_being_removed_has_lost_its_name(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("all")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_what_was_left_unfinished_is_cleaned_away(tmp_path):
