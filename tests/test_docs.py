@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from fwpkm import variants
 from fwpkm.report import markdown_table
 
@@ -20,9 +22,11 @@ def test_variants_table_is_the_committed_comparison():
     assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
 
 
-def test_readme_examples_run():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("name", "count"), [("README.md", 2), ("docs/training.md", 1)])
+def test_examples_run(name, count, tmp_path, monkeypatch):
+    text = (ROOT / name).read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == count
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), {})
