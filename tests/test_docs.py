@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from fwpkm import variants
 from fwpkm.report import markdown_table
 
@@ -20,16 +22,13 @@ def test_variants_table_is_the_committed_comparison():
     assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
 
 
-def blocks(page: str) -> list[str]:
-    return [block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:]]
-
-
-def test_readme_examples_run_each_by_itself():
-    assert len(blocks("README.md")) == 2
-    for block in blocks("README.md"):
-        exec(compile(block, "README.md", "exec"), {})
-
-
-def test_the_guide_runs_from_top_to_bottom():
-    assert len(blocks("docs/memory.md")) == 4
-    exec(compile("\n".join(blocks("docs/memory.md")), "docs/memory.md", "exec"), {})
+@pytest.mark.parametrize(
+    ("page", "count", "separate"), [("README.md", 2, True), ("docs/memory.md", 4, False), ("docs/training.md", 1, True)]
+)
+def test_examples_run(page, count, separate, tmp_path, monkeypatch):
+    """Each block by itself, or a page from top to bottom."""
+    blocks = [block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:]]
+    assert len(blocks) == count
+    monkeypatch.chdir(tmp_path)
+    for block in blocks if separate else ["\n".join(blocks)]:
+        exec(compile(block, page, "exec"), {})

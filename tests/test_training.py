@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
@@ -18,7 +19,9 @@ from fwpkm.data.tokens import Tokens, batch
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMForCausalLM
-from fwpkm.training import metrics
+from fwpkm.report.theme import LIGHT
+from fwpkm.report.training import draw_training
+from fwpkm.training import metrics, processes
 from fwpkm.training.interrupt import interruptible
 from fwpkm.training.loop import train
 from fwpkm.training.settings import TrainingSettings
@@ -246,6 +249,23 @@ def test_metrics_are_cut_at_the_step_and_at_an_unfinished_line(tmp_path):
     assert [record["step"] for record in metrics.read(path)] == [1, 2, 2, 3]
 
 
+def test_the_picture_shows_the_records():
+    steps = [{"step": i, "loss": 4.0 / i, "gradient_norm": 1.0 + i, "gate": 0.1 * i} for i in (1, 2, 3)]
+    records = [*steps, {"step": 3, "held_out_loss": 2.5}]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in lines(draw_training({"records": records}, LIGHT))}
+    assert drawn["training text"] == [[1, 4.0], [2, 2.0], [3, 4 / 3]]
+    assert drawn["held-out text"] == [[3, 2.5]]
+    assert drawn["gradient norm"] == [[1, 2.0], [2, 3.0], [3, 4.0]]
+    assert drawn["mean gate"] == [[record["step"], record["gate"]] for record in steps]
+    without_memory = [{"step": 1, "loss": 4.0, "gradient_norm": 1.0}]
+    drawn = [line.get_label() for line in lines(draw_training({"records": without_memory}, LIGHT))]
+    assert drawn == ["training text", "gradient norm"]
+
+
+def lines(figure):
+    return [line for panel in figure.axes for line in panel.lines]
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
     model = make_model()
     with torch.no_grad():
@@ -290,6 +310,15 @@ def test_bad_settings(options, message):
 def test_what_does_not_fit_together_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(make_model(), make_tokens(), dataclasses.replace(SETTINGS, **options), tmp_path)
+
+
+def test_a_launcher_that_wraps_models_itself_is_refused(monkeypatch):
+    class Launched:
+        distributed_type = DistributedType.DEEPSPEED
+
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: Launched())
+    with pytest.raises(ValueError, match="distributed type is DEEPSPEED; expected plain processes; fsdp is an option"):
+        processes.start()
 
 
 def test_several_processes_are_asked_for_by_their_starter(tmp_path):

@@ -31,7 +31,9 @@ def train(
     tokenizer: Annotated[
         str | None, typer.Option(help="Hugging Face tokenizer; without one, tokens are bytes.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Model: {' or '.join(presets.PRESETS)}.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Model: {' or '.join(presets.PRESETS)}; {DEFAULT_PRESET} unless given.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Model: JSON file with fields of FwPKMConfig.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Model: checkpoint, or folder of a training.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT.steps,
@@ -55,8 +57,9 @@ def train(
 ) -> None:
     """Train a language model on text: Python's standard library, unless --text or --dataset name another.
 
-    Stopped by Ctrl-C, SIGTERM or anything else, the same command goes on from the latest checkpoint. In several
-    processes: torchrun --nproc-per-node 2 -m fwpkm.cli train ...
+    Stopped by Ctrl-C, SIGTERM or anything else, the same command goes on from the latest checkpoint.
+
+    In several processes: torchrun --nproc-per-node 2 -m fwpkm.cli train ...
     """
     with errors_in_one_line():
         settings = TrainingSettings(
