@@ -110,6 +110,20 @@ def test_gradients_are_cut_where_each_row_is_due(seed, every, chunk_size, key_up
         assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@given(config=configs, seed=seeds, masked=st.sampled_from([0.3, 0.8]), cuts=splits, **sizes)
+def test_masked_tokens_of_a_shared_memory_do_not_count(config, seed, masked, cuts, **size):
+    """All tokens on the same slots, so that every one that counts is counted in each of them."""
+    config = dataclasses.replace(config, scope="shared", learning_rate=0.1)
+    inputs = draw_inputs(seed, **size)
+    inputs = inputs._replace(query=torch.zeros_like(inputs.query))
+    mask = flags(seed + 1, masked, size["batch"], size["length"])
+    want = reference.fast_weight_memory(*inputs, config, mask=mask, training=True)
+    output, result = run(inputs, config, [c for c in cuts if c < size["length"]], mask=mask, training=True)
+    assert_close(output, want.output)
+    assert_close(dense(result.state), want.values)
+    assert_close(result.state.keys.expand_as(want.keys), want.keys)
+
+
 def gradients(loss: Tensor, leaves: Inputs) -> list[Tensor]:
     grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]

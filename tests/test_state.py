@@ -70,16 +70,23 @@ def test_appends_copy_each_record_a_few_times_only():
     assert len(places) <= 10
 
 
-@given(config=configs, seed=seeds, masked=masks, **sizes)
-def test_a_fork_and_its_origin_go_their_own_ways(config, seed, masked, **size):
+@given(config=configs, seed=seeds, masked=masks, restarts=st.sampled_from([None, 0.1, 0.5]), **sizes)
+def test_a_fork_and_its_origin_go_their_own_ways(config, seed, masked, restarts, **size):
     """Three continuations of one state, in any order, share no memory that one of them writes."""
+    config = dataclasses.replace(config, learning_rate=0.1)
     inputs = draw_inputs(seed, **size)
     mask = flags(seed, masked, size["batch"], size["length"])
     with torch.no_grad():
-        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
+        cuts = [1, size["length"] // 2] if size["length"] > 2 else []  # with free columns, which both would append to
+        state = run(inputs, config, cuts, mask=mask)[1].state
         others = [draw_inputs(seed + i, **size)[:3] for i in (1, 2, 3)]
-        want = [fast_weight_memory(*x, state.detach(), config) for x in others]
-        first = fast_weight_memory(*others[0], state, config)
+        reset = flags(seed + 4, restarts, size["batch"], size["length"]) if config.scope == "sequence" else None
+        alone = [run(inputs, config, cuts, mask=mask)[1].state for _ in others]
+        want = [
+            fast_weight_memory(*x, own, config, reset=r)
+            for x, own, r in zip(others, alone, (reset, None, None), strict=True)
+        ]
+        first = fast_weight_memory(*others[0], state, config, reset=reset)
         fork = fast_weight_memory(*others[1], state.fork(), config)
         again = fast_weight_memory(*others[2], state, config)
         for have, expected in zip((first, fork, again), want, strict=True):

@@ -66,16 +66,15 @@ def _read_run(
         stored = max(0, size - lookahead)
         targets = pad(run.target[:, :, size - stored :], (0, 0, 0, size - stored))
         gates = pad(_both(run.gate[:, :, :stored], run.mask, size - stored), (0, size - stored))
-    cut, values = _cut(state, n_chunks)
     output = memory_scan(
-        values,
+        state.values,
         state.own_slots(slots),
         weights,
         divided,
         targets,
         gates,
         state.committed_log(),
-        cut=cut,
+        cut=_cut(state, n_chunks),
         residual_dtype=residual_dtype(config, training),
     )
 
@@ -123,14 +122,15 @@ def _both(gates: Tensor, mask: Tensor | None, start: int) -> Tensor:
     return gates if mask is None else torch.where(mask[:, :, start:], gates, 0.0)
 
 
-def _cut(state: MemoryState, n_chunks: int) -> tuple[Tensor | None, Tensor]:
-    """``detach_every`` as :func:`memory_scan` takes it: where to cut between chunks; and the values, cut or not."""
+def _cut(state: MemoryState, n_chunks: int) -> Tensor | None:
+    """``detach_every`` as :func:`memory_scan` takes it."""
     every, first = state.config.detach_every, number(state.commits)
     if not every:
-        return None, state.values
+        return None
     numbers = torch.arange(first, first + n_chunks, device=state.values.device)
     cut = torch.where((numbers % every == 0) & (numbers > 0), 0, -1)
-    return cut.expand(state.memories, -1), state.values.detach() if first >= every else state.values
+    cut[0] = 0 if first >= every else -1
+    return cut.expand(state.memories, -1)
 
 
 class _Address(NamedTuple):
