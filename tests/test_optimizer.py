@@ -42,8 +42,8 @@ def test_steps_and_schedules_by_group():
     torch.optim.AdamW(parameter_groups(memoryless, 0.1, 0.1, 0.1), foreach=True)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "values_learning_rate"])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "memory_learning_rate"])
 def test_bad_rates(name):
-    rates = {"learning_rate": 0.1, "weight_decay": 0.1, "values_learning_rate": 0.1, name: -1.0}
+    rates = {"learning_rate": 0.1, "weight_decay": 0.1, "memory_learning_rate": 0.1, name: -1.0}
     with pytest.raises(ValueError, match=f"{name} is -1.0; expected a number >= 0"):
         parameter_groups(make_model(), **rates)

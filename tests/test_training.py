@@ -67,11 +67,15 @@ def test_it_trains_as_a_plain_loop_does(tmp_path):
     plain = make_model(fwpkm_key_update="slow").train()
     outcome = train(model, tokens, SETTINGS, tmp_path)
     assert (outcome.step, outcome.signal) == (5, None)
-    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    keys = [memory.keys for memory in plain.memories()]
+    others = [p for p in plain.parameters() if all(p is not key for key in keys)]
+    matrices, vectors = ([p for p in others if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}, {"params": keys, "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     rates = [0.5, 1.0] + [0.1 + 0.45 * (1 + math.cos(math.pi * i / 3)) for i in (1, 2, 3)]
     want = []
     for step, rate in enumerate(rates, start=1):
-        optimizer.param_groups[0]["lr"] = 1e-2 * rate
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2 * rate
         rows = torch.from_numpy(batch(tokens.train, 0, step, 4, 24))
         result = plain(rows, labels=rows)
         result.loss.backward()

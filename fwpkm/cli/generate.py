@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,6 +27,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of that share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws the tokens.")] = 0,
+    commit_after_prompt: Annotated[
+        bool, typer.Option(help="Let the memories read back the end of the prompt at once, not a chunk later.")
+    ] = False,
 ) -> None:
     """Go on with a text, token by token; the memories read the text first."""
     with errors_in_one_line():
@@ -48,25 +51,18 @@ def generate(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         print(text.decode(errors="replace"), end="", flush=True)
-        _generate(model, known.unsqueeze(0).to(model.device), tokens, temperature, top_p, _Printer(codec.decoder()))
+        how: dict[str, Any] = {"max_new_tokens": tokens, "commit_after_prompt": commit_after_prompt}
+        how |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        _generate(model, known.unsqueeze(0).to(model.device), _Printer(codec.decoder()), how)
 
 
 @torch.no_grad()
-def _generate(
-    model: FwPKMForCausalLM, known: Tensor, tokens: int, temperature: float, top_p: float, printer: _Printer
-) -> None:
+def _generate(model: FwPKMForCausalLM, known: Tensor, printer: _Printer, how: dict[str, Any]) -> None:
     cache = FwPKMCache(model.config)
     for first in range(0, known.shape[1] - 1, PIECE):  # all but the last token, which generate() reads
         model(known[:, first : min(first + PIECE, known.shape[1] - 1)], past_key_values=cache, logits_to_keep=1)
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    model.generate(
-        known,
-        attention_mask=torch.ones_like(known),
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        streamer=printer,
-        **(drawn if temperature else {"do_sample": False}),
-    )
+    attention_mask = torch.ones_like(known)
+    model.generate(known, attention_mask=attention_mask, past_key_values=cache, streamer=printer, **how)
 
 
 class _Printer(BaseStreamer):

@@ -43,6 +43,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak of AdamW's.")] = DEFAULT.learning_rate,
     warmup: Annotated[int, typer.Option(help="Steps until that peak.")] = DEFAULT.warmup,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = DEFAULT.weight_decay,
+    memory_learning_rate: Annotated[
+        float, typer.Option(help="Constant rate of what memories learn by gradient.")
+    ] = DEFAULT.memory_learning_rate,
     clip: Annotated[float, typer.Option(help="Norm that gradients are cut to.")] = DEFAULT.clip,
     precision: Annotated[str, typer.Option(help="no: float32; bf16: bfloat16 autocast.")] = DEFAULT.precision,
     gradient_checkpointing: Annotated[
@@ -70,6 +73,7 @@ def train(
             learning_rate=learning_rate,
             warmup=warmup,
             weight_decay=weight_decay,
+            memory_learning_rate=memory_learning_rate,
             clip=clip,
             precision=precision,
             gradient_checkpointing=gradient_checkpointing,

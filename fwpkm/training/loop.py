@@ -28,6 +28,7 @@ from fwpkm.training import checkpoint, processes
 from fwpkm.training.checkpoint import TrainingState
 from fwpkm.training.interrupt import interruptible
 from fwpkm.training.metrics import Metrics, Record, read
+from fwpkm.training.optimizer import parameter_groups
 from fwpkm.training.settings import CHANGEABLE, TrainingSettings
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
@@ -131,10 +132,8 @@ class _Training:
             renamed = hasattr(model, "activation_checkpointing_enable")  # by transformers, on the way
             (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
         self.spread = processes.spread(model, accelerator, fsdp)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-        )
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        rates = settings.learning_rate, settings.weight_decay, settings.memory_learning_rate
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, *rates), betas=(0.9, 0.95))
 
     def step(self, step: int) -> Record:
         """Train one step, counted from 1; what it measured, over all processes."""
@@ -157,8 +156,8 @@ class _Training:
         record = dict(zip(_figures(result), means, strict=True)) | {"gradient_norm": processes.whole(norm).item()}
         for name, value in record.items():
             require(math.isfinite(value), f"{name} of step {step}", value, "a finite number")
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * settings.rate(step)
+        for group in self.optimizer.param_groups[:2]:  # the memories' rate is constant
+            group["lr"] = settings.learning_rate * settings.rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = settings.batch * settings.length

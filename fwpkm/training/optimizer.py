@@ -11,7 +11,7 @@ from fwpkm.layers import FwPKM, ProductKeyMemory
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, values_learning_rate: float
+    model: nn.Module, learning_rate: float, weight_decay: float, memory_learning_rate: float
 ) -> list[dict[str, Any]]:
     """Three groups for an optimizer: matrices, vectors without weight decay, and memories without weight decay.
 
@@ -23,7 +23,7 @@ def parameter_groups(
         model: whose parameters; each that requires a gradient is in one group.
         learning_rate: of the first two groups.
         weight_decay: of the first.
-        values_learning_rate: of the last.
+        memory_learning_rate: of the last.
 
     Returns:
         The groups, in this order also when some are empty, so that a schedule can treat each in its way:
@@ -35,7 +35,7 @@ def parameter_groups(
     numbers = {
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
-        "values_learning_rate": values_learning_rate,
+        "memory_learning_rate": memory_learning_rate,
     }
     for name, number in numbers.items():
         require(number >= 0, name, number, "a number >= 0")
@@ -50,5 +50,5 @@ def parameter_groups(
     return [
         {"params": [p for p in rest if p.dim() > 1], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "lr": learning_rate, "weight_decay": 0.0},
-        {"params": [p for p in learned if p in rows], "lr": values_learning_rate, "weight_decay": 0.0},
+        {"params": [p for p in learned if p in rows], "lr": memory_learning_rate, "weight_decay": 0.0},
     ]

@@ -22,7 +22,9 @@ class TrainingSettings:
         accumulate: passes that a step's sequences are divided into, to need less memory.
         learning_rate: AdamW's, at its peak.
         warmup: steps until there; it then decays along a half cosine to a tenth.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of matrices outside memories.
+        memory_learning_rate: constant, of what memories learn by gradient: values of product-key memories, learned
+            initial values and ``slow`` keys (:func:`fwpkm.training.optimizer.parameter_groups`).
         clip: norm that gradients are cut to.
         precision: ``"no"``: float32; ``"bf16"``: bfloat16 autocast. Weights, optimizer and memories are float32.
         gradient_checkpointing: keep no activations within blocks, and compute them again in the backward.
@@ -40,6 +42,7 @@ class TrainingSettings:
     learning_rate: float = 3e-3
     warmup: int = 50
     weight_decay: float = 0.1
+    memory_learning_rate: float = 1e-3
     clip: float = 1.0
     precision: str = "no"
     gradient_checkpointing: bool = False
@@ -56,7 +59,7 @@ class TrainingSettings:
             require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: the first token is not predicted")
         for name in ("learning_rate", "clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("warmup", "weight_decay", "memory_learning_rate", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         require_choice("precision", self.precision, ("no", "bf16"))
 
