@@ -164,6 +164,15 @@ def test_bad_layer(options, message):
         FwPKM(**{"hidden_size": 6, "n_subkeys": 8, "key_dim": 4, "value_dim": 4} | options)
 
 
-def test_bad_hidden():
+def test_bad_input():
+    layer, hidden = make_layer(query_conv=3), torch.randn(2, 5, 6)
     with pytest.raises(ValueError, match=r"hidden.shape is \[2, 6\]; expected \[B, T, 6\]"):
-        make_layer()(torch.randn(2, 6))
+        layer(torch.randn(2, 6))
+    with pytest.raises(ValueError, match=r"mask.shape is \[2, 4\]; expected \[2, 5\]"):
+        layer(hidden, mask=torch.ones(2, 4).bool())
+    with pytest.raises(ValueError, match=r"starts.dtype is torch.float32; expected torch.bool"):
+        layer(hidden, starts=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="query or keys holds NaN; expected numbers"):
+        layer(hidden * torch.nan)
+    with pytest.raises(ValueError, match=r"query.shape\[0\] is 1; expected 2, the batch of the state"):
+        make_layer()(hidden[:1], make_layer()(hidden)[1])

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fwpkm.checks import require, require_shape
+from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.weights import MemoryWeights
@@ -142,6 +142,10 @@ class FwPKM(MemoryWeights):
     ) -> LayerResult:
         """:meth:`forward` with everything that happened: gates, slots, weights, addressing loss."""
         require_shape("hidden", hidden, ("B", "T", self.query.in_features))
+        for name, flags in (("mask", mask), ("starts", starts)):
+            if flags is not None:
+                require_shape(name, flags, hidden.shape[:2])
+                require_dtype(name, flags, torch.bool)
         query_input, gate_input, inputs = self._inputs(hidden, state and state.inputs, mask, starts)
         query = rearrange(self.query(query_input), "b t (h d) -> b t h d", h=self.heads)
         target = zscore(self.value(self.value_norm(hidden)))
