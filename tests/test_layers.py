@@ -1,5 +1,7 @@
 """The memory layer and the convolution."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from einops import rearrange
@@ -62,6 +64,38 @@ def test_streams(seed, cuts, query_conv, key_update, heads):
         out, state = layer(piece, state)
         pieces.append(out)
     assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    seed=seeds,
+    cuts=st.sets(st.integers(1, 19), max_size=12),
+    query_conv=st.sampled_from([0, 1, 4]),
+    masked=st.booleans(),
+    packed=st.booleans(),
+)
+@torch.no_grad()
+def test_masked_and_packed_rows_stream(seed, cuts, query_conv, masked, packed):
+    """However they are cut: each sequence of a row gives what its unmasked tokens give alone."""
+    layer = make_layer(seed, query_conv=query_conv).double()
+    draw = Draw(seed)
+    hidden = draw.normal(2, 20, 6)
+    mask = draw.uniform(2, 20) < 0.7 if masked else None
+    starts = draw.uniform(2, 20) < 0.2 if packed else None
+    if mask is not None and starts is not None:
+        starts &= mask
+    state, pieces, bounds = None, [], sorted({0, *cuts, 20})
+    for first, last in pairwise(bounds):
+        options = [None if x is None else x[:, first:last] for x in (mask, starts)]
+        out, state = layer(hidden[:, first:last], state, *options)
+        pieces.append(out)
+    have = torch.cat(pieces, 1)
+    sequence = torch.zeros(2, 20).long() if starts is None else starts.cumsum(1)
+    real = torch.ones(2, 20).bool() if mask is None else mask
+    for row in range(2):
+        for number in sequence[row].unique():
+            tokens = real[row] & (sequence[row] == number)
+            if tokens.any():
+                assert_close(have[row, tokens], layer(hidden[row, tokens].unsqueeze(0))[0][0], rtol=1e-4, atol=1e-6)
 
 
 @given(seed=seeds, width=st.integers(1, 9))

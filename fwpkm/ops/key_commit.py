@@ -11,6 +11,7 @@ from torch import Tensor
 from fwpkm.checks import require_dtype, require_shape
 from fwpkm.ops._batching import fold
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
+from fwpkm.ops._selected import Selected
 from fwpkm.ops.product_key_address import (
     by_codebook,
     check_query_and_keys,
@@ -108,10 +109,9 @@ def _coefficients(gradient: Tensor, sub_scores: Tensor, score: str) -> Tensor:
     return gradient * sub_scores.exp() * 2 if score == "idw" else gradient
 
 
-def _dense(coefficients: Tensor, sub_slots: Tensor, n: int) -> Tensor:
-    """Selected coefficients ``[M, P, H, 2, k]`` as ``[M * H * 2, P, n]``."""
-    selected, index = selected_by_codebook(coefficients, False), selected_by_codebook(sub_slots, False)
-    return selected.new_zeros(*selected.shape[:2], n).scatter_(-1, index, selected)
+def _selected(coefficients: Tensor, sub_slots: Tensor, n: int) -> Selected:
+    """Coefficients of the selected sub-keys, ``[M, P, H, 2, k]``, as a matrix for each of ``M * H * 2`` codebooks."""
+    return Selected.of(selected_by_codebook(coefficients, False), selected_by_codebook(sub_slots, False), n)
 
 
 def _cpu(
@@ -122,10 +122,10 @@ def _cpu(
     if mask is not None and not mask.any():
         return start.clone(memory_format=torch.contiguous_format)
     loss = _addressing_loss(sub_scores, sub_slots, mask, n)
-    dense = _dense(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
-    step = torch.bmm(dense.mT, by_codebook(query, False)).view(start.shape)
+    selected = _selected(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
+    step = selected.transposed_times(by_codebook(query, False)).view(start.shape)
     if score == "idw":
-        step -= dense.sum(1).view(*start.shape[:-1], 1) * start
+        step -= selected.sums().view(*start.shape[:-1], 1) * start
     return start - rate * step
 
 
@@ -149,27 +149,20 @@ def _backward_cpu(
     n = keys.shape[3]
     start = keys.expand(memories, *keys.shape[1:])
     loss = _addressing_loss(sub_scores, sub_slots, mask, n)
-    dense = _dense(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
+    selected = _selected(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
     flat_grad = grad.flatten(0, 2)  # [M * H * 2, n, d]
 
-    grad_query = rearrange(torch.bmm(dense, flat_grad), "(m h c) p d -> m p h (c d)", m=memories, h=heads, c=2) * -rate
+    sizes = {"m": memories, "h": heads, "c": 2}
+    grad_query = rearrange(selected.times(flat_grad), "(m h c) p d -> m p h (c d)", **sizes) * -rate
     grad_keys = grad
-    grad_dense = torch.bmm(by_codebook(query, False), flat_grad.mT)  # <q_t, G_i>
+    grad_selected = selected.products(by_codebook(query, False), flat_grad)  # <q_t, G_i>
     if score == "idw":
-        grad_keys = grad + rate * dense.sum(1).view(*grad.shape[:-1], 1) * grad
-        grad_dense -= (start * grad).sum(-1).view(-1, 1, n)
+        grad_keys = grad + rate * selected.sums().view(*grad.shape[:-1], 1) * grad
+        own = (start * grad).sum(-1).flatten()  # <K_i, G_i>
+        grad_selected -= own[selected.entries].view(grad_selected.shape)
     if keys.shape[0] == 1:
         grad_keys = grad_keys.sum(0, keepdim=True)
-    grad_coefficients = (
-        rearrange(
-            grad_dense.gather(-1, selected_by_codebook(sub_slots, False)),
-            "(m h c) p k -> m p h c k",
-            m=memories,
-            h=heads,
-            c=2,
-        )
-        * -rate
-    )
+    grad_coefficients = rearrange(grad_selected, "(m h c) p k -> m p h c k", **sizes) * -rate
 
     # From the coefficients back through dL/ds = p (u - sum p u) to the sub-scores.
     if score == "idw":

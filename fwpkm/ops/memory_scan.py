@@ -127,8 +127,8 @@ def _cpu(
     steps = slots.shape[1]
     keys, local = _row_keys(slots, optional, values.shape[0]).unique(return_inverse=True)
     # Padded to the size that can be told without looking at the slots: the rows are an output, for the backward.
-    rows = values.new_zeros(slots.numel(), values.shape[1])
-    working = rows[: keys.numel()]
+    rows = values.new_empty(slots.numel(), values.shape[1])
+    working, _ = rows[: keys.numel()], rows[keys.numel() :].zero_()
     torch.index_select(values, 0, keys % values.shape[0], out=working)
     if optional.log is not None:
         matches = match(keys, optional.log, values.shape[0], optional.n_sequences)

@@ -18,6 +18,7 @@ from fwpkm.checks import (
 )
 from fwpkm.ops._batching import batch_first, fold
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
+from fwpkm.ops._selected import Selected
 from fwpkm.ops.product_key_topk import combine, largest, selected_gradient
 
 SCORES = ("idw", "dot")
@@ -133,18 +134,11 @@ def _backward_cpu(
     grad_selected = selected_by_codebook(grad_selected, shared)
     sub_slots = selected_by_codebook(sub_slots, shared)
 
-    grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    grad_keys = torch.zeros_like(flat_keys, memory_format=torch.contiguous_format)
-    for block in _blocks(rows.shape[0], rows.shape[1], n):
-        selected = grad_selected[:, block]
-        coefficients = selected.new_zeros(*selected.shape[:2], n).scatter_(-1, sub_slots[:, block], selected)
-        to_rows, to_keys = torch.bmm(coefficients, flat_keys), torch.bmm(coefficients.mT, rows[:, block])
-        if score == "dot":
-            grad_rows[:, block] = to_rows
-            grad_keys += to_keys
-        else:
-            grad_rows[:, block] = selected.sum(-1, keepdim=True) * rows[:, block] - to_rows
-            grad_keys += coefficients.sum(1).unsqueeze(-1) * flat_keys - to_keys
+    selected = Selected.of(grad_selected, sub_slots, n)
+    grad_rows, grad_keys = selected.times(flat_keys), selected.transposed_times(rows)
+    if score == "idw":
+        grad_rows = grad_selected.sum(-1, keepdim=True) * rows - grad_rows
+        grad_keys = selected.sums().unsqueeze(-1) * flat_keys - grad_keys
     pattern = "(h c) (m p) d -> m p h (c d)" if shared else "(m h c) p d -> m p h (c d)"
     memories, tokens, heads, _ = query.shape
     grad_query = rearrange(grad_rows, pattern, m=memories, p=tokens, h=heads, c=2).contiguous()
