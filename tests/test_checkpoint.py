@@ -293,11 +293,15 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     assert (tmp_path / "a" / "b" / "file").read_text() == "all"
 
 
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
 def test_a_folder_that_is_being_removed_has_lost_its_name(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "a") as folder:
         (folder / "file").write_text("all")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path: signal.raise_signal(signal.SIGINT))
+        patch.setattr(shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
             remove_folder(tmp_path / "a")
     assert not (tmp_path / "a").exists()
