@@ -57,15 +57,15 @@ class Inputs:
         return FastWeights(self.keys, self.values)
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        return Inputs(*(getattr(self, field.name).to(dtype) for field in dataclasses.fields(self)))
+        return Inputs(*(x.to(dtype) for x in (*self.leaves(), self.keys, self.values)))
 
     def leaves(self) -> list[Tensor]:
         """What gradients are asked for."""
         return [self.query, self.target, self.gate]
 
     def requiring_gradients(self) -> Inputs:
-        leaves = [x.detach().requires_grad_() for x in self.leaves()]
-        return Inputs(*leaves, self.keys, self.values)
+        query, target, gate = (x.detach().requires_grad_() for x in self.leaves())
+        return Inputs(query, target, gate, self.keys, self.values)
 
 
 def draw(case: Case, seed: int = 0) -> Inputs:

@@ -164,11 +164,13 @@ def paper(settings: Settings, memories: Mapping[str, Memory]) -> Results:
         runs |= {f"{name} forward": _of(subject, False), f"{name} backward": _of(subject, True)}
     slow_runs = {f"{name} {what}": _of(subject, what == "backward") for name, subject in slow.items() for what in _WHAT}
     package = subjects.package_release()
+    packaged: dict[str, timing.Run] = {}
     if package:
-        slow_runs["package forward"] = _of(subjects.subject("package", case), False)
+        packaged["package forward"] = _of(subjects.subject("package", case), False)
     seconds: dict[str, list[float]] = {}
-    for _ in range(settings.slow_repeats):  # a slow one between two bursts of the quick ones
-        _extend(seconds, timing.interleaved(slow_runs, 1, warm_up=False))
+    for i in range(settings.slow_repeats):  # a slow one between two bursts of the quick ones
+        now = slow_runs if i == 0 else slow_runs | packaged  # the slowest of all once less
+        _extend(seconds, timing.interleaved(now, 1, warm_up=False))
         fast_runs = reference_machine.runs() | runs
         _extend(seconds, timing.interleaved(fast_runs, -(-settings.repeats // settings.slow_repeats)))
     rates = reference_machine.rates(seconds)
@@ -178,7 +180,7 @@ def paper(settings: Settings, memories: Mapping[str, Memory]) -> Results:
             if f"{name} {what}" not in seconds:
                 continue
             backward = what == "backward"
-            row = {"name": name, "backward": backward} | timing.summary(seconds[f"{name} {what}"])
+            row: Results = {"name": name, "backward": backward} | timing.summary(seconds[f"{name} {what}"])
             if name in MEMORIES:
                 row |= _rates(case, backward, row["seconds"])
             measured.append(row | {"peak_bytes": peak.peak_bytes(name, case, backward)})
@@ -221,7 +223,7 @@ def grids(settings: Settings, memories: Mapping[str, Memory]) -> Results:
     for name, sizes in zip(GRIDS, settings.grids, strict=True):
         others = name in AGAINST_OTHERS
         subjects_of = ("fwpkm", "plain") if others else ("fwpkm",)
-        cases = {size: dataclasses.replace(settings.grid, **{name: size}) for size in sizes}
+        cases = {size: _resized(settings.grid, name, size) for size in sizes}
         runs: dict[str, timing.Run] = {}
         slow: dict[str, timing.Run] = {}
         for size, case in cases.items():
@@ -239,7 +241,7 @@ def grids(settings: Settings, memories: Mapping[str, Memory]) -> Results:
             for what in _WHAT:
                 for size, case in cases.items():
                     backward = what == "backward"
-                    row = {"name": subject, "size": size, "backward": backward}
+                    row: Results = {"name": subject, "size": size, "backward": backward}
                     row |= timing.summary(seconds[f"{subject} {size} {what}"])
                     row |= _rates(case, backward, row["seconds"])
                     if others and backward:
@@ -247,6 +249,11 @@ def grids(settings: Settings, memories: Mapping[str, Memory]) -> Results:
                     rows.append(row)
         found[name] = {"rows": rows, "growth": _growth(name, rows) if others else []}
     return found
+
+
+def _resized(case: Case, name: str, size: int) -> Case:
+    changes: Results = {name: size}
+    return dataclasses.replace(case, **changes)
 
 
 def _growth(grid: str, rows: list[Results]) -> list[Results]:
@@ -257,13 +264,13 @@ def _growth(grid: str, rows: list[Results]) -> list[Results]:
         for backward in (False, True):
             some = [row for row in rows if (row["name"], row["backward"]) == (name, backward)]
             sizes = [row["size"] ** power for row in some]
-            peaks = [row.get("peak_bytes") for row in some]
+            peaks = [row["peak_bytes"] for row in some if row.get("peak_bytes")]
             found.append(
                 {
                     "name": name,
                     "backward": backward,
                     "seconds": timing.growth(sizes, [row["seconds"] for row in some]),
-                    "peak_bytes": timing.growth(sizes, peaks) if all(peaks) else None,
+                    "peak_bytes": timing.growth(sizes, peaks) if len(peaks) == len(sizes) else None,
                     "largest_over_smallest": some[-1]["seconds"] / some[0]["seconds"],
                 }
             )

@@ -1,20 +1,17 @@
-"""Peak memory beyond the inputs, in a process of its own: ``python -m benchmarks.peak`` and a JSON object."""
+"""Peak memory beyond the inputs, in a process of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.subjects import subject
 
-ROOT = Path(__file__).parents[1]
 STATUS = Path("/proc/self/status")
 
 
@@ -25,12 +22,11 @@ def peak_bytes(name: str, case: Case, backward: bool) -> int | None:
     """
     if not STATUS.exists():
         return None
-    asked = {"name": name, "backward": backward, "threads": torch.get_num_threads(), "case": dataclasses.asdict(case)}
-    command = [sys.executable, "-m", "benchmarks.peak", json.dumps(asked)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"peak memory of {name}: {done.stderr.strip()[-2000:]}")
-    return int(done.stdout)
+    # a server that has imported everything and run nothing is forked: imports take longer than most measurements
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cpu"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, name, case, backward, torch.get_num_threads()).result()
 
 
 def _kilobytes(field: str) -> int:
@@ -38,17 +34,12 @@ def _kilobytes(field: str) -> int:
     return int(line.split()[1])
 
 
-def _measure(name: str, backward: bool, threads: int, case: dict[str, Any]) -> int:
+def _measure(name: str, case: Case, backward: bool, threads: int) -> int:
     torch.set_num_threads(threads)
-    size = Case(**case)
-    small = dataclasses.replace(size, tokens=4, chunk=2, n_subkeys=size.topk * 2, batch=1)
+    small = dataclasses.replace(case, tokens=4, chunk=2, n_subkeys=case.topk * 2, batch=1)
     subject(name, small)(backward)  # what a first call loads is not counted
-    run = subject(name, size)
+    run = subject(name, case)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     before = _kilobytes("VmRSS")
     run(backward)
     return (_kilobytes("VmHWM") - before) * 1024
-
-
-if __name__ == "__main__":
-    print(_measure(**json.loads(sys.argv[1])))

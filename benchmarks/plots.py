@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def growth_curves(results: dict[str, Any], path: Path) -> None:
         write_atomically(path, png(draw, results["grids"]["result"], LIGHT))
 
 
-def draw(result: dict[str, Any], theme: Theme) -> Figure:
+def draw(result: Mapping[str, Any], theme: Theme) -> Figure:
     """Four panels: milliseconds above, megabytes below; tokens left, slots right."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
