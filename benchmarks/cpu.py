@@ -102,6 +102,10 @@ def main(
         "together with --out: its figures are not for the documentation",
     )
     torch.set_num_threads(threads)
+    if os.getloadavg()[0] > 0.5:  # one busy process next to two threads makes small operators several times slower
+        console.print(
+            f"The machine is not idle (load {os.getloadavg()[0]:.1f}): figures will be too high.", style="red"
+        )
     wanted = (*only, *(["parts"] if parts else [])) or SECTIONS
     run(QUICK if quick else Settings(), wanted, out)
     results = json.loads(out.read_text())

@@ -24,7 +24,7 @@ def peak_bytes(name: str, case: Case, backward: bool) -> int | None:
         return None
     # a server that has imported everything and run nothing is forked: imports take longer than most measurements
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.cpu"])
+    context.set_forkserver_preload(["benchmarks.peak", "fwpkm.demo", "fwpkm.report"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measure, name, case, backward, torch.get_num_threads()).result()
 
