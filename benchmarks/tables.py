@@ -118,15 +118,15 @@ def growth(section: Results) -> str:
 
 
 def decode(section: Results) -> str:
-    """Milliseconds a token, and the ratio to the shortest context."""
+    """Milliseconds a token, and the longest over that after the shortest context."""
     rows = section["result"]
     contexts = list(dict.fromkeys(row["context"] for row in rows))
     cells = {(row["batch"], row["addresses"], row["context"]): row for row in rows}
     lines = []
     for batch, addresses in dict.fromkeys((row["batch"], row["addresses"]) for row in rows):
         found = [cells[batch, addresses, context] for context in contexts]
-        lines.append([str(batch), addresses, *map(_time, found), f"{found[-1]['ratio']:.2f}×"])
-    last = f"{length_label(contexts[-1])} over {length_label(contexts[0])}"
+        lines.append([str(batch), addresses, *map(_time, found), f"{max(row['ratio'] for row in found):.2f}×"])
+    last = f"Longest over {length_label(contexts[0])}"
     head = ["Batch", "Addresses", *map(length_label, contexts), last]
     return _table(head, lines, "rl" + "r" * (len(contexts) + 1))
 
