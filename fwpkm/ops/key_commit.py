@@ -218,14 +218,14 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return (grad_query, own_keys_gradient(info, in_dims[2], args[2], grad_keys), grad_sub_scores), 0
 
 
-def _flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
-    """Coefficients of every query and sub-key, times the queries."""
-    return 2 * prod(query) * keys[3]
+def _flops(query: Sequence[int], sub_slots: Sequence[int], **_: Any) -> int:
+    """Every query times its coefficient, for each of the sub-keys that it selected."""
+    return 2 * prod(query) * sub_slots[-1]
 
 
-def _backward_flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
-    """The coefficients and the queries, each times the gradient."""
-    return 4 * prod(query) * keys[3]
+def _backward_flops(query: Sequence[int], sub_slots: Sequence[int], **_: Any) -> int:
+    """The coefficients and the queries, each times the gradient of what was selected."""
+    return 4 * prod(query) * sub_slots[-1]
 
 
 _operator = register(

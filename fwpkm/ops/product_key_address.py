@@ -200,9 +200,9 @@ def _flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
     return 2 * prod(query) * keys[3]
 
 
-def _backward_flops(query: Sequence[int], keys: Sequence[int], **_: Any) -> int:
-    """Coefficients of every query and sub-key, times the sub-keys and times the queries."""
-    return 4 * prod(query) * keys[3]
+def _backward_flops(query: Sequence[int], sub_slots: Sequence[int], **_: Any) -> int:
+    """The coefficients of the selected sub-keys, times the sub-keys and times the queries."""
+    return 4 * prod(query) * sub_slots[-1]
 
 
 _operator = register(
