@@ -46,7 +46,7 @@ def _read_run(
     state: MemoryState, tokens: Tokens, n_chunks: int, training: bool
 ) -> tuple[Read, MemoryState, ChunkLosses]:
     """Read ``n_chunks`` whole chunks, or a run of tokens that ends no later than the open chunk."""
-    config = state.config
+    state, config = state.indexed(tokens.query), state.config
     run = tokens.map(lambda x: rearrange(x, "m (s p) ... -> m s p ...", s=n_chunks))
     memories, _, size = run.gate.shape
     address = _address(state, run, training)

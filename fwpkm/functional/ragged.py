@@ -170,7 +170,7 @@ def _read(
 
     ``sequence [M, T]``: resets up to each token; ``final [M]``: resets in the whole call; None without any.
     """
-    config = state.config
+    state, config = state.indexed(tokens.query), state.config
     length = tokens.gate.shape[1]
     lookahead = config.lookahead
     count = state.per_memory(length) if tokens.mask is None else tokens.mask.sum(1)
@@ -239,7 +239,8 @@ def _restart(state: MemoryState, which: Tensor) -> MemoryState:
     counts: dict[str, Any] = {name: torch.where(which, 0, state.per_memory(getattr(state, name))) for name in COUNTS}
     log, own = state.log, state.own_values
     if log is not None:  # their records will be written over
-        log = dataclasses.replace(log, records=log.records.unshared())
+        index = None if log.index is None else log.index.without(which)
+        log = dataclasses.replace(log, records=log.records.unshared(), index=index)
     if own is not None:
         by_memory = own.unflatten(0, (state.memories, -1))
         own = _where(which, state.base.values.expand_as(by_memory), by_memory).flatten(0, 1)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` is what a transform of ``torch.func`` has made of a tensor."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 @dataclass(frozen=True)
 class Appendable:
     """Tensors ``[M, capacity, ...]`` of which the first ``used`` columns are in use; immutable, like what holds it.
@@ -51,7 +56,7 @@ class Appendable:
     def append(self, new: Sequence[Tensor], keep: int | None = None) -> Appendable:
         """Add columns ``[M, T, ...]``. All but the last ``keep`` of the old ones are dropped whenever that is cheap."""
         kept = self if keep is None or self.used <= keep else Appendable(self.last(keep), keep, [-1])
-        if self._differentiable(new):
+        if self._functional(new):
             return Appendable.of([torch.cat(pair, 1) for pair in zip(kept.columns(), new, strict=True)])
         width = new[0].shape[1]
         grown = self._with_room(width) if self._has_room(width) else kept._with_room(width)
@@ -71,7 +76,7 @@ class Appendable:
         memories, width = new[0].shape[:2]
         rows = torch.arange(memories, device=at.device).unsqueeze(1)
         index = rows, at.unsqueeze(1) + torch.arange(width, device=at.device)
-        if self._differentiable(new):
+        if self._functional(new):
             longer = [torch.cat((x, torch.zeros_like(y)), 1) for x, y in zip(self.columns(), new, strict=True)]
             return Appendable.of([x.index_put(index, y) for x, y in zip(longer, new, strict=True)])
         grown = self._with_room(width)
@@ -79,8 +84,10 @@ class Appendable:
             old.data.index_put_(index, columns)
         return grown
 
-    def _differentiable(self, new: Sequence[Tensor]) -> bool:
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (*self.tensors, *new))
+    def _functional(self, new: Sequence[Tensor]) -> bool:
+        """Whether nothing may be written in place: a gradient is recorded, or ``torch.func`` transforms."""
+        tensors = (*self.tensors, *new)
+        return any((torch.is_grad_enabled() and x.requires_grad) or is_transformed(x) for x in tensors)
 
     def _has_room(self, width: int) -> bool:
         """Whether that many columns are free, and nobody else sees them."""

@@ -16,9 +16,10 @@ from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import relative_write_scale, residual_dtype, weights_of
+from fwpkm.memory.log_index import can_index
 from fwpkm.memory.packing import rows
 from fwpkm.memory.write_log import WriteLog
-from fwpkm.ops import Log, key_commit, memory_scan, memory_write_
+from fwpkm.ops import IndexedLog, Log, key_commit, memory_scan, memory_write_
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,25 @@ class MemoryState:
         offset = torch.arange(self.memories, device=slots.device) * self.n_slots
         return slots + offset.view(-1, *(1,) * (slots.dim() - 1))
 
-    def committed_log(self) -> Log | None:
-        """The records that have taken effect, with slots as rows of :attr:`values`."""
+    def indexed(self, *inputs: Tensor) -> MemoryState:
+        """The same state, to be read with ``inputs``: with an index of all it has committed, if that is cheaper.
+
+        That is in a long log on the CPU, outside graphs.
+        """
+        log = self.log
+        if log is None:
+            return self
+        recorded = torch.is_grad_enabled() and (log.coefficients.requires_grad or log.residuals.requires_grad)
+        if log.slots[0].numel() < _INDEXED or recorded or not can_index(log.slots, *inputs):
+            return self if log.index is None else dataclasses.replace(self, log=dataclasses.replace(log, index=None))
+        return dataclasses.replace(self, log=log.indexed(self.per_memory(self.committed), self.n_slots))
+
+    def committed_log(self) -> Log | IndexedLog | None:
+        """The records that have taken effect, with slots as rows of :attr:`values`, of an :meth:`indexed` state."""
         if self.log is None:
             return None
+        if self.log.index is not None:
+            return IndexedLog(self.n_slots, self.log.residuals.detach(), self.log.index.levels)
         log = self.log.first(self.per_memory(self.committed))
         # a slot of -1 stays one
         return log if self.own_values is None else log._replace(slots=_where_read(log.slots, self.own_slots(log.slots)))
@@ -218,7 +234,7 @@ class MemoryState:
             if self.base.all_keys.shape[0] == 1
             else FastWeights(self.base.keys[index], self.base.values),
             own_values=None if own is None else own.unflatten(0, (self.memories, -1))[index].flatten(0, 1),
-            log=None if self.log is None else dataclasses.replace(self.log, records=self.log.records.select(index)),
+            log=None if self.log is None else self.log.select(index),
             open=None if self.open is None else self.open.select(index),
             waiting=None if self.waiting is None else self.waiting[index],
             position=of(self.position),
@@ -265,7 +281,7 @@ class MemoryState:
         zeros = self.values.new_zeros(1).expand(*shape, self.values.shape[1])
         weights = weights_of(coefficients, self.config)
         inputs = (self.own_slots(slots).unsqueeze(1), weights.unsqueeze(1), weights.unsqueeze(1))
-        return memory_scan(self.values, *inputs, zeros, zeros[..., 0], self.committed_log()).squeeze(1)
+        return memory_scan(self.values, *inputs, zeros, zeros[..., 0], self.indexed().committed_log()).squeeze(1)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file: whole, or not at all. The base values are not in it."""
@@ -362,12 +378,13 @@ class MemoryState:
         return dataclasses.replace(
             self,
             own_values=self.dense_values(),
-            log=dataclasses.replace(self.log, records=Appendable.of(records)),
+            log=WriteLog(Appendable.of(records), self.log.lookahead),
             committed=self.committed * 0,
         )
 
 
 COUNTS = ("position", "origin", "commits", "committed")
+_INDEXED = 4096  # reads in a log of a memory from which on it is indexed
 
 
 def _where_read(slots: Tensor, own: Tensor) -> Tensor:

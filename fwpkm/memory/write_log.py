@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.formulas import reads_of_slot
+from fwpkm.memory.log_index import LogIndex
 from fwpkm.ops import Log
 
 
@@ -26,10 +27,12 @@ class WriteLog:
             the division by ``N_s``, ``residuals [M, R, Dv]`` of the token ``lookahead`` records before (0 if that is
             in another chunk), ``chunks [M, R]``, ``gates [M, R]``.
         lookahead: in records.
+        index: of the first records, as far as reading has made one.
     """
 
     records: Appendable
     lookahead: int
+    index: LogIndex | None = None
 
     @property
     def slots(self) -> Tensor:
@@ -58,6 +61,18 @@ class WriteLog:
     def first(self, lengths: Tensor) -> Log:
         """The first ``lengths [M]`` records of each memory, as operators take them."""
         return Log(self.slots, self.coefficients, self.residuals, self.chunks, lengths, self.lookahead)
+
+    def indexed(self, lengths: Tensor, n_slots: int) -> WriteLog:
+        """The same with an index of the first ``lengths [M]`` records, all of committed chunks."""
+        index = self.index or LogIndex(n_slots, torch.zeros_like(lengths))
+        if bool((index.covered == lengths).all()):
+            return self
+        return dataclasses.replace(self, index=index.extend(self.first(lengths)))
+
+    def select(self, index: Tensor) -> WriteLog:
+        """Of the memories ``index``, a copy."""
+        kept = None if self.index is None else self.index.select(index)
+        return dataclasses.replace(self, records=self.records.select(index), index=kept)
 
     def writes(self, lengths: Tensor, n_slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """What each memory's first ``lengths [M]`` records add to the values of all memories ``[M * N, Dv]``.

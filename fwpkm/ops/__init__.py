@@ -1,5 +1,6 @@
 """The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each."""
 
+from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.memory_read import memory_read
@@ -9,6 +10,8 @@ from fwpkm.ops.product_key_address import product_key_address
 from fwpkm.ops.product_key_topk import product_key_topk
 
 __all__ = [
+    "IndexedLog",
+    "Level",
     "Log",
     "key_commit",
     "memory_read",

@@ -85,7 +85,7 @@ def _register_transforms(
     methods = {
         "forward": forward,
         "setup_context": setup_context,
-        "backward": backward,
+        "backward": lambda ctx, *grads: _without_lists(backward(ctx, *grads)),
         "jvp": lambda ctx, *tangents: _refuse_forward_mode(operator),
         "vmap": vmap,
     }
@@ -93,6 +93,11 @@ def _register_transforms(
         operator._opname, (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()}
     )
     LIBRARY.impl(operator._opname, function.apply, "FuncTorchDynamicLayerFrontMode")
+
+
+def _without_lists(grads: Any) -> Any:
+    """Autograd wants a list where an operator's argument is one, a function that ``torch.func`` transforms None."""
+    return tuple(None if isinstance(x, list) else x for x in grads) if isinstance(grads, tuple) else grads
 
 
 def _refuse_forward_mode(operator: Any) -> Never:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
 from fwpkm.ops._batching import batch_first, fold, in_own_table
+from fwpkm.ops._index import IndexedLog, Level, add_indexed_, check_indexed
 from fwpkm.ops._library import argument_names, refuse_double_backward, register, register_backward
 from fwpkm.ops._log import Log, match
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
@@ -21,7 +22,7 @@ def memory_scan(
     coefficients: Tensor,
     targets: Tensor,
     gates: Tensor,
-    log: Log | None = None,
+    log: Log | IndexedLog | None = None,
     sequences: Tensor | None = None,
     cut: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
@@ -39,7 +40,7 @@ def memory_scan(
             and the division by ``N_s``.
         targets: ``[M, S, P, Dv]``, dtype of ``values``.
         gates: ``[M, S, P]``, dtype of ``values``.
-        log: the records of earlier chunks, or None.
+        log: the records of earlier chunks, or None. An :class:`IndexedLog` is for the CPU, and outside autograd.
         sequences: ``[M, S, P]`` int64, for memories that start anew on the way: tokens of different numbers share
             nothing, and 0 is the sequence that goes on from ``log``. None: all 0.
         cut: ``[M, S]`` int64, through what no gradient flows: sequences up to this number (-1: none), from reads in
@@ -71,7 +72,9 @@ def memory_scan(
         integers["sequences"] = sequences, slots.shape[:3]
     if cut is not None:
         integers["cut"] = cut, (memories, steps)
-    if log is not None:
+    if isinstance(log, IndexedLog):
+        check_indexed(log, memories, values)
+    elif log is not None:
         require_shape("log.slots", log.slots, (memories, "R", fanout))
         records = log.slots.shape[1]
         integers["log.slots"] = log.slots, log.slots.shape
@@ -87,9 +90,12 @@ def memory_scan(
     for name, (tensor, shape) in floats.items():
         require_shape(name, tensor, shape)
         require_dtype(name, tensor, values.dtype)
-    fields = (None,) * 5 + (0,) if log is None else log
+    fields = log if isinstance(log, Log) else (None,) * 5 + (0,)
+    index: tuple[Any, ...] = (0, None, ())
+    if isinstance(log, IndexedLog):
+        index = log.n_slots, log.residuals, [x for level in log.levels for x in level]
     inputs = (values, slots, weights, coefficients, targets, gates)
-    out, _, _ = _operator(*inputs, *fields, sequences, cut, residual_dtype or values.dtype)
+    out, _, _ = _operator(*inputs, *fields, sequences, cut, residual_dtype or values.dtype, *index)
     return out
 
 
@@ -105,10 +111,21 @@ class _Optional(NamedTuple):
     sequences: Tensor | None
     cut: Tensor | None
     residual_dtype: torch.dtype
+    index_slots: int = 0
+    index_residuals: Tensor | None = None
+    levels: Sequence[Tensor] = ()
 
     @property
     def log(self) -> Log | None:
         return None if self.log_slots is None else Log(*self[:6])  # type: ignore[arg-type]
+
+    @property
+    def indexed(self) -> IndexedLog | None:
+        if self.index_residuals is None:
+            return None
+        fields = len(Level._fields)
+        levels = (Level(*self.levels[i : i + fields]) for i in range(0, len(self.levels), fields))
+        return IndexedLog(self.index_slots, self.index_residuals, tuple(levels))
 
     @property
     def n_sequences(self) -> int:
@@ -135,6 +152,8 @@ def _cpu(
         residuals, carriers = matches.residuals(optional.log, values.dtype)
         weights_of_log = matches.weights(optional.log.coefficients)
         add_to_rows_(working, segment(matches.rows, carriers), weights_of_log, residuals)
+    if optional.indexed is not None:
+        add_indexed_(working, _indexed_keys(keys, optional, values.shape[0]), optional.indexed)
     out = torch.empty_like(targets)
     tokens = token_of_entry(local[:, 0].flatten(0, 1)) if steps else keys
     for s in range(steps):
@@ -154,6 +173,13 @@ def _row_keys(slots: Tensor, optional: _Optional, n_slots: int) -> Tensor:
     if optional.sequences is not None:
         owner = owner + optional.sequences
     return slots + (owner * n_slots).unsqueeze(-1)
+
+
+def _indexed_keys(keys: Tensor, optional: _Optional, n_slots: int) -> Tensor:
+    """Row numbers of :func:`_row_keys` as an index of the log numbers slots; -1 where its sequence is not read."""
+    per_memory = optional.n_sequences * n_slots
+    own = keys // per_memory * optional.index_slots + keys % optional.index_slots
+    return torch.where(keys % per_memory < n_slots, own, -1)
 
 
 def _residuals(s: int, targets: Tensor, gates: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,9 +301,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(rows, local)
     values, *others = inputs
     optional = _Optional(*others[5:])
+    ctx.n_levels = len(optional.levels)
     ctx.n_slots, ctx.lookahead, ctx.residual_dtype = values.shape[0], optional.lookahead, optional.residual_dtype
-    tensors = (*optional[:5], optional.sequences, optional.cut)
-    ctx.save_for_backward(out, rows, local, *others[:5], *tensors)
+    # what no gradient is wanted for is not looked at again
+    log = optional[:5] if ctx.needs_input_grad[7] or ctx.needs_input_grad[8] else (None,) * 5
+    ctx.save_for_backward(out, rows, local, *others[:5], *log, optional.sequences, optional.cut)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _rows: Tensor, _local: Tensor) -> Any:
@@ -288,8 +316,8 @@ def _backward(ctx: Any, grad_out: Tensor, _rows: Tensor, _local: Tensor) -> Any:
     )
     if saved[8] is None:  # no log
         log_coefficients = log_residuals = None
-    log_grads = (None, log_coefficients, log_residuals, None, None)
-    return values if values_need_grad else None, None, *inputs, *log_grads, None, None, None, None
+    others = (None,) * 8 + ([None] * ctx.n_levels,)
+    return values if values_need_grad else None, None, *inputs, None, log_coefficients, log_residuals, *others
 
 
 def _fold(operator: Any, info: Any, in_dims: Any, args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -379,7 +407,7 @@ _OPTIONAL = (
 )
 _operator = register(
     "memory_scan(Tensor values, Tensor slots, Tensor weights, Tensor coefficients, Tensor targets, Tensor gates,"
-    f" {_OPTIONAL}) -> (Tensor, Tensor, Tensor)",
+    f" {_OPTIONAL}, int index_slots, Tensor? index_residuals, Tensor[] levels) -> (Tensor, Tensor, Tensor)",
     _cpu,
     _fake,
     _flops,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import ops
-from fwpkm.ops import Log
+from fwpkm.ops import IndexedLog, Level, Log
 from tests.draws import Draw, strided
 
 M, S, P, H, N_SUB, HALF, DV, TOPK = 2, 3, 5, 2, 4, 3, 3, 2
@@ -78,6 +78,24 @@ def scan_with_log(log_slots, log_coefficients, log_residuals, log_chunks, log_le
     )
 
 
+def indexed_case(draw: Draw, tokens: int) -> Case:
+    case, records = scan_case(draw, tokens), 4
+    levels = [
+        *(draw.integers(M * N, 9).sort().values, draw.integers(records, 9), draw.normal(9)),
+        *(torch.arange(1, M * N, 3), draw.normal(11, DV)),
+        *(draw.integers(M * N, 5).sort().values, draw.integers(records, 5), draw.normal(5)),
+        *(torch.arange(0), draw.normal(0, DV)),
+    ]
+    others = {f"level_{i}": x for i, x in enumerate(levels)} | {"log_residuals": draw.normal(M, records, DV)}
+    return Case(scan_with_index, case.floats, case.others | others)
+
+
+def scan_with_index(values, slots, weights, coefficients, targets, gates, log_residuals, **levels):
+    tensors = [x.to(values.dtype) if x.is_floating_point() else x for x in levels.values()]
+    log = IndexedLog(N, log_residuals.to(values.dtype), (Level(*tensors[:5]), Level(*tensors[5:])))
+    return ops.memory_scan(values, slots, weights, coefficients, targets, gates, log)
+
+
 CASES: dict[str, Callable[[Draw, int], Case]] = {
     "product_key_topk": topk_case,
     "product_key_address": address_case,
@@ -92,7 +110,8 @@ CASES: dict[str, Callable[[Draw, int], Case]] = {
     "memory_scan-log": lambda d, t: scan_case(d, t, log=True),
     "memory_scan-packed": lambda d, t: scan_case(d, t, log=True, packed=True),
 }
-every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+_ALL = CASES | {"memory_scan-indexed": indexed_case}
+every_operator = pytest.mark.parametrize("make", _ALL.values(), ids=_ALL)
 
 
 def with_gradient(case: Case) -> list[Tensor]:

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fwpkm import ops
 from tests.draws import Draw, seeds, strided
-from tests.ops.test_operators import CASES, DV, TOPK, Case, N, P, every_operator, floating, with_gradient
+from tests.ops.test_operators import CASES, DV, TOPK, Case, N, P, floating, with_gradient
 
+every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 # torch itself uses it when it first makes a dual tensor
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
