@@ -62,8 +62,10 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
     blocks = -(-length // window)
     tail = blocks * window - length
     reach = window - 1  # keys before a block's first query that it can see
-    query = pad(query, (0, 0, 0, tail)).unflatten(2, (blocks, window))
-    key, value = (pad(x[:, :, max(0, past - reach) :], (0, 0, max(0, reach - past), tail)) for x in (key, value))
+    # Contiguous: what pads by nothing keeps strides that a graph made for other lengths does not expect.
+    query = pad(query.contiguous(), (0, 0, 0, tail)).unflatten(2, (blocks, window))
+    key, value = (x[:, :, max(0, past - reach) :].contiguous() for x in (key, value))
+    key, value = (pad(x, (0, 0, max(0, reach - past), tail)) for x in (key, value))
     # Block i sees the keys at i * window - reach .. i * window + window - 1. Blocks stand where heads usually do, and
     # heads with the batch: [B * heads, blocks, window + reach, d] has the four dimensions that fused kernels take.
     key, value = (x.unfold(2, window + reach, window).transpose(-1, -2).flatten(0, 1) for x in (key, value))

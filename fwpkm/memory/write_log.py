@@ -56,7 +56,7 @@ class WriteLog:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.records.tensors)
+        return sum(x.numel() * x.element_size() for x in self.records.tensors)
 
     def first(self, lengths: Tensor) -> Log:
         """The first ``lengths [M]`` records of each memory, as operators take them."""
