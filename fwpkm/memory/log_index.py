@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fwpkm.memory.appendable import is_transformed
 from fwpkm.memory.packing import rows
-from fwpkm.ops import Level, Log
+from fwpkm.ops import Level, Log, implementation
 
 _GROWTH = 8
 _MANY = 16  # entries of one row in a level are added up beyond this
 
 
 def can_index(*tensors: Tensor) -> bool:
-    """Whether these can be looked at: on the CPU, and not while a graph is made or ``torch.func`` transforms."""
-    if torch.compiler.is_compiling():
+    """Whether these can be looked at: on the CPU, while no graph is made and ``torch.func`` does not transform."""
+    if torch.compiler.is_compiling() or implementation("cpu") != "reference":
         return False
     plain = (Tensor, torch.nn.Parameter)
     return all(x.device.type == "cpu" and type(x) in plain and not is_transformed(x) for x in tensors)

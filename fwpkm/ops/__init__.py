@@ -1,5 +1,6 @@
 """The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each."""
 
+from fwpkm.ops._implementation import implementation
 from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
 from fwpkm.ops.key_commit import key_commit
@@ -13,6 +14,7 @@ __all__ = [
     "IndexedLog",
     "Level",
     "Log",
+    "implementation",
     "key_commit",
     "memory_read",
     "memory_scan",

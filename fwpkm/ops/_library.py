@@ -1,4 +1,4 @@
-"""How an operator of the ``fwpkm`` namespace is registered: schema, CPU implementation, fake, FLOP formula, backward,
+"""How an operator of the ``fwpkm`` namespace is registered: schema, implementations, fake, FLOP formula, backward,
 batching rule.
 """
 
@@ -10,24 +10,47 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
+from fwpkm.checks import require, require_dtype
+from fwpkm.ops._implementation import checks_values, implementation_on, load
+
 LIBRARY = torch.library.Library("fwpkm", "DEF")
 
 
-def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int]) -> Any:
+def register(
+    schema: str,
+    reference: Callable[..., Any],
+    triton: str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    check: Callable[..., None] | None = None,
+) -> Any:
     """Register ``fwpkm::<schema>`` and return the callable operator.
 
-    ``fake`` computes the outputs' shapes, dtypes and (contiguous) strides without looking at any data. ``flops`` is
-    called with the arguments by name, shapes in place of tensors, and counts two operations a multiply-add.
+    ``reference`` computes it with ATen calls, on any device, and checks the values of its arguments. ``triton`` names
+    the implementation for CUDA tensors, ``"module:function"``, imported at its first call; ``check`` is called with the
+    arguments before it if ``FWPKM_CHECK=1`` (see :mod:`fwpkm.ops._implementation`). ``fake`` computes the outputs'
+    shapes, dtypes and (contiguous) strides without looking at any data. ``flops`` is called with the arguments by name,
+    shapes in place of tensors, and counts two operations a multiply-add.
     """
     name = schema.split("(", 1)[0]
 
-    def without_tangents(*args: Any) -> Any:
-        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
-            _refuse_forward_mode(operator)
-        return cpu(*args)
+    def on(kind: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
+                _refuse_forward_mode(operator)
+            if implementation_on(kind) == "reference":
+                return reference(*args)
+            _check_for_triton(names, args)
+            if check is not None and checks_values():
+                check(*args)
+            with torch.cuda.device_of(args[0]):  # kernels run on the current device
+                return load(triton)(*args)
+
+        return call
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, without_tangents, "CPU")
+    LIBRARY.impl(name, on("cpu"), "CPU")
+    LIBRARY.impl(name, on("cuda"), "CUDA")
     torch.library.register_fake(f"fwpkm::{name}", fake, lib=LIBRARY)
     packet = getattr(torch.ops.fwpkm, name)
     operator = packet.default
@@ -38,6 +61,17 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], flo
 
 def argument_names(operator: Any) -> list[str]:
     return [argument.name for argument in operator._schema.arguments]
+
+
+def _check_for_triton(names: list[str], args: tuple[Any, ...]) -> None:
+    """Kernels compute in float32, and take pointers for what they are told."""
+    device = args[0].device
+    for name, x in zip(names, args, strict=True):
+        if isinstance(x, Tensor):
+            if x.device != device:
+                require(False, f"{name}.device", x.device, "{}, where {} is", device, names[0])
+            if x.is_floating_point():
+                require_dtype(name, x, torch.float32, torch.bfloat16, torch.float16)
 
 
 def register_backward(

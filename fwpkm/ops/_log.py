@@ -49,8 +49,8 @@ def match(keys: Tensor, log: Log, n_slots: int, n_sequences: int) -> Matches:
     ``m * n_sequences * n_slots + s``, in the first of its sequences.
     """
     memories, records, fanout = log.slots.shape
-    counts_in = torch.arange(records) < log.lengths.unsqueeze(1)
-    own = log.slots + (torch.arange(memories) * n_sequences * n_slots).view(-1, 1, 1)
+    counts_in = torch.arange(records, device=log.lengths.device) < log.lengths.unsqueeze(1)
+    own = log.slots + (torch.arange(memories, device=log.slots.device) * n_sequences * n_slots).view(-1, 1, 1)
     own = torch.where(counts_in.unsqueeze(-1) & (log.slots >= 0), own, -1).flatten()
     position = torch.searchsorted(keys, own).clamp_max_(keys.numel() - 1)
     entries = (keys[position] == own).nonzero().squeeze(-1) if keys.numel() else own.new_empty(0)

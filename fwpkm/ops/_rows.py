@@ -28,7 +28,7 @@ def row_products(table: Tensor, index: Tensor, vectors: Tensor, sources: Tensor)
 
 def token_of_entry(index: Tensor) -> Tensor:
     """The token of each entry of ``index [P, K]``, flattened: ``0 0 .. 1 1 ..``."""
-    return torch.arange(index.shape[0]).repeat_interleave(index.shape[1])
+    return torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[1])
 
 
 class Segments(NamedTuple):

@@ -20,7 +20,7 @@ class Selected(NamedTuple):
     @classmethod
     def of(cls, coefficients: Tensor, sub_slots: Tensor, n: int) -> Selected:
         """Coefficients and the sub-keys that they belong to, ``[G, R, k]`` each."""
-        first = (torch.arange(sub_slots.shape[0]) * n).view(-1, 1, 1)
+        first = (torch.arange(sub_slots.shape[0], device=sub_slots.device) * n).view(-1, 1, 1)
         return cls(coefficients, (sub_slots + first).flatten(0, 1), n)
 
     def times(self, subkeys: Tensor) -> Tensor:

@@ -232,6 +232,7 @@ _operator = register(
     "key_commit(Tensor query, Tensor keys, Tensor sub_scores, Tensor sub_slots, Tensor? mask, float rate, str score)"
     " -> Tensor",
     _cpu,
+    "fwpkm.ops.cuda.key_commit:forward",
     _fake,
     _flops,
 )
@@ -239,6 +240,7 @@ _backward_operator = register(
     "key_commit_backward(Tensor grad, Tensor query, Tensor keys, Tensor sub_scores, Tensor sub_slots, Tensor? mask,"
     " float rate, str score) -> (Tensor, Tensor, Tensor)",
     _backward_cpu,
+    "fwpkm.ops.cuda.key_commit:backward",
     _backward_fake,
     _backward_flops,
 )

@@ -38,9 +38,13 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return _operator(values, slots, weights)
 
 
-def _cpu(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+def _check(values: Tensor, slots: Tensor, weights: Tensor) -> None:
     require_slots("slots", slots, values.shape[0])
     require_no_nan("weights", weights)
+
+
+def _cpu(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    _check(values, slots, weights)
     fanout = slots.shape[-1]
     out = weighted_sum(values.contiguous(), slots.reshape(-1, fanout), weights.reshape(-1, fanout))
     return out.view(*slots.shape[:-1], values.shape[1])
@@ -106,11 +110,19 @@ def _backward_flops(values: Sequence[int], slots: Sequence[int], values_need_gra
     return (4 if values_need_grad else 2) * prod(slots) * values[1]
 
 
-_operator = register("memory_read(Tensor values, Tensor slots, Tensor weights) -> Tensor", _cpu, _fake, _flops)
+_operator = register(
+    "memory_read(Tensor values, Tensor slots, Tensor weights) -> Tensor",
+    _cpu,
+    "fwpkm.ops.cuda.memory_read:forward",
+    _fake,
+    _flops,
+    _check,
+)
 _backward_operator = register(
     "memory_read_backward(Tensor grad, Tensor values, Tensor slots, Tensor weights, bool values_need_grad)"
     " -> (Tensor, Tensor)",
     _backward_cpu,
+    "fwpkm.ops.cuda.memory_read:backward",
     _backward_fake,
     _backward_flops,
 )

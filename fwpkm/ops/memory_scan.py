@@ -133,13 +133,19 @@ class _Optional(NamedTuple):
         return 1 if self.sequences is None or not self.sequences.numel() else int(self.sequences.max()) + 1
 
 
+def _check(
+    values: Tensor, slots: Tensor, weights: Tensor, coefficients: Tensor, targets: Tensor, gates: Tensor, *others: Any
+) -> None:
+    require_slots("slots", slots, values.shape[0])
+    for name, tensor in (("weights", weights), ("targets", targets), ("gates", gates)):
+        require_no_nan(name, tensor)
+
+
 def _cpu(
     values: Tensor, slots: Tensor, weights: Tensor, coefficients: Tensor, targets: Tensor, gates: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     optional = _Optional(*others)
-    require_slots("slots", slots, values.shape[0])
-    for name, tensor in (("weights", weights), ("targets", targets), ("gates", gates)):
-        require_no_nan(name, tensor)
+    _check(values, slots, weights, coefficients, targets, gates)
     targets, gates = targets.contiguous(), gates.contiguous()
     steps = slots.shape[1]
     keys, local = _row_keys(slots, optional, values.shape[0]).unique(return_inverse=True)
@@ -169,7 +175,7 @@ def _cpu(
 def _row_keys(slots: Tensor, optional: _Optional, n_slots: int) -> Tensor:
     """Slots ``[M, S, P, K]`` numbered through all sequences of all memories: what has a working row of its own."""
     n_sequences = optional.n_sequences
-    owner = (torch.arange(slots.shape[0]) * n_sequences).view(-1, 1, 1)
+    owner = (torch.arange(slots.shape[0], device=slots.device) * n_sequences).view(-1, 1, 1)
     if optional.sequences is not None:
         owner = owner + optional.sequences
     return slots + (owner * n_slots).unsqueeze(-1)
@@ -218,7 +224,7 @@ def _backward_cpu(
     )
     grad_targets, grad_gates = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (targets, gates))
     entry_tokens = token_of_entry(local[:, 0].flatten(0, 1)) if steps else local
-    row_keys = torch.empty(n_rows, dtype=torch.int64)
+    row_keys = local.new_empty(n_rows)
     row_keys[local.flatten()] = _row_keys(slots, optional, n_slots).flatten()
     owner = row_keys // n_slots
 
@@ -409,14 +415,17 @@ _operator = register(
     "memory_scan(Tensor values, Tensor slots, Tensor weights, Tensor coefficients, Tensor targets, Tensor gates,"
     f" {_OPTIONAL}, int index_slots, Tensor? index_residuals, Tensor[] levels) -> (Tensor, Tensor, Tensor)",
     _cpu,
+    "fwpkm.ops.cuda.memory_scan:forward",
     _fake,
     _flops,
+    _check,
 )
 _backward_operator = register(
     "memory_scan_backward(Tensor grad_out, Tensor out, Tensor rows, Tensor local, Tensor slots, Tensor weights,"
     f" Tensor coefficients, Tensor targets, Tensor gates, {_OPTIONAL}, SymInt n_slots, bool values_need_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_cpu,
+    "fwpkm.ops.cuda.memory_scan:backward",
     _backward_fake,
     _backward_flops,
 )

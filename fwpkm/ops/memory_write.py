@@ -49,8 +49,12 @@ def memory_write_(values: Tensor, slots: Tensor, coefficients: Tensor, residuals
     return values
 
 
-def _cpu(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor) -> None:
+def _check(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor) -> None:
     require_slots("slots", slots, values.shape[0])
+
+
+def _cpu(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor) -> None:
+    _check(values, slots, coefficients, residuals)
     add_to_rows_(values, segment(slots.reshape(-1), token_of_entry(slots)), coefficients, residuals.contiguous())
 
 
@@ -72,6 +76,11 @@ def _flops(slots: Sequence[int], residuals: Sequence[int], **_: Any) -> int:
 
 
 _operator = register(
-    "memory_write_(Tensor(a!) values, Tensor slots, Tensor coefficients, Tensor residuals) -> ()", _cpu, _fake, _flops
+    "memory_write_(Tensor(a!) values, Tensor slots, Tensor coefficients, Tensor residuals) -> ()",
+    _cpu,
+    "fwpkm.ops.cuda.memory_write:forward",
+    _fake,
+    _flops,
+    _check,
 )
 refuse_gradients(_operator, _vmap)

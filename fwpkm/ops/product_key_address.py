@@ -74,6 +74,11 @@ def selected_by_codebook(selected: Tensor, shared_keys: bool) -> Tensor:
     return rearrange(selected, "m p h c k -> (h c) (m p) k" if shared_keys else "m p h c k -> (m h c) p k")
 
 
+def _check(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> None:
+    for tensor in (query, keys):
+        require_no_nan("query or keys", tensor)
+
+
 def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memories, tokens, heads, _ = query.shape
     shared = keys.shape[0] == 1
@@ -208,13 +213,16 @@ def _backward_flops(query: Sequence[int], sub_slots: Sequence[int], **_: Any) ->
 _operator = register(
     "product_key_address(Tensor query, Tensor keys, int k, str score, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _cpu,
+    "fwpkm.ops.cuda.product_key_address:forward",
     _fake,
     _flops,
+    _check,
 )
 _backward_operator = register(
     "product_key_address_backward(Tensor grad_scores, Tensor grad_sub_scores, Tensor query, Tensor keys, Tensor slots,"
     " Tensor sub_scores, Tensor sub_slots, str score) -> (Tensor, Tensor)",
     _backward_cpu,
+    "fwpkm.ops.cuda.product_key_address:backward",
     _backward_fake,
     _backward_flops,
 )

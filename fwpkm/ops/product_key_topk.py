@@ -60,7 +60,7 @@ def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return x.topk(k, dim=-1)
     stride = n // _GROUP  # a group's elements lie that far apart, so that all groups are compared at once
     groups = x.unflatten(-1, (_GROUP, stride)).amax(1).topk(k, dim=-1, sorted=False).indices
-    members = (groups.unsqueeze(1) + (torch.arange(_GROUP) * stride).unsqueeze(1)).flatten(1)
+    members = (groups.unsqueeze(1) + (torch.arange(_GROUP, device=x.device) * stride).unsqueeze(1)).flatten(1)
     values, place = x.gather(-1, members).topk(k, dim=-1)
     return values, members.gather(-1, place)
 
@@ -72,7 +72,7 @@ def combine(sub_values: Tensor, sub_slots: Tensor, n: int) -> tuple[Tensor, Tens
     only pairs with ``(i+1)(j+1) <= k`` can be among the best ``k``.
     """
     k = sub_values.shape[-1]
-    rank = torch.arange(k)
+    rank = torch.arange(k, device=sub_values.device)
     first, second = ((rank[:, None] + 1) * (rank + 1) <= k).nonzero().unbind(-1)
     scores, position = largest(sub_values[:, 0, first] + sub_values[:, 1, second], k)
     slots = sub_slots[:, 0].gather(-1, first[position]) * n + sub_slots[:, 1].gather(-1, second[position])
@@ -133,10 +133,17 @@ def _flops(**_: Any) -> int:
     return 0
 
 
-_operator = register("product_key_topk(Tensor sub_scores, int k) -> (Tensor, Tensor, Tensor)", _cpu, _fake, _flops)
+_operator = register(
+    "product_key_topk(Tensor sub_scores, int k) -> (Tensor, Tensor, Tensor)",
+    _cpu,
+    "fwpkm.ops.cuda.product_key_topk:forward",
+    _fake,
+    _flops,
+)
 _backward_operator = register(
     "product_key_topk_backward(Tensor grad_scores, Tensor slots, Tensor sub_slots, SymInt n) -> Tensor",
     _backward_cpu,
+    "fwpkm.ops.cuda.product_key_topk:backward",
     _backward_fake,
     _flops,
 )

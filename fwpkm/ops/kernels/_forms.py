@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+# Given to every launch: a multiply and an add may become one instruction. Triton's own default differs by version.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,30 @@ class Form:
     aligned: tuple[str, ...]  # arguments (pointers, sizes) that are multiples of 16
     num_warps: int
     num_stages: int = 2
+    wide: bool = False  # rows of values must be loaded 16 bytes at a time
 
 
 def bucket(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``size``."""
     return max(least, 1 << (max(size, 1) - 1).bit_length())
+
+
+class Columns(NamedTuple):
+    """How programs share the columns of rows: ``blocks`` programs of ``block`` columns, or one that goes over them.
+
+    A kernel gets the width as ``units`` times the constant ``unit``, so that the compiler knows what a row's start is a
+    multiple of, and loads 16 bytes at a time where that is so.
+    """
+
+    units: int
+    unit: int
+    block: int
+    blocks: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, width: int, itemsize: int = 4, most: int = 1024) -> Columns:
+        """For rows of ``width`` numbers of ``itemsize`` bytes: 16 of them a thread, in at most ``most`` columns."""
+        unit = min(width & -width, 16) or 1  # the largest power of two up to 16 that divides the width
+        block = min(bucket(width, 32), most)
+        return cls(width // unit, unit, block, -(-width // block), max(1, block * itemsize // 512))

@@ -1,0 +1,102 @@
+"""Weighted sums of table rows: ``out[p] = sum_j weights[p, j] * table[index[p, j]]``.
+
+One program a token and block of columns: it loads the rows of ``UNROLL`` entries at once, adds them, times their
+weights, in float32 and in the order of the entries, and stores the sum in the dtype of ``out``.
+
+Bytes moved: ``P K`` rows of the table read, ``P`` rows of ``out`` written, and ``P K`` indices and weights read.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fwpkm.ops.kernels._forms import OPTIONS, Columns, Form, bucket
+
+
+@triton.jit(do_not_specialize=["rows", "fanout", "units"])
+def _kernel(
+    out,  # [P, D]
+    table,  # [R, D]
+    index,  # [P, K]
+    weights,  # [P, K]
+    rows,  # R
+    fanout,  # K
+    units,  # D / UNIT
+    UNIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    width = units * UNIT
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, fanout, UNROLL):
+        for j in tl.static_range(UNROLL):
+            entry = first + j
+            row = tl.load(index + token * fanout + entry, mask=entry < fanout, other=-1).to(tl.int64)
+            weight = tl.load(weights + token * fanout + entry, mask=entry < fanout, other=0.0).to(tl.float32)
+            there = (row >= 0) & (row < rows)
+            inside_row = columns < tl.where(there, width, 0)
+            values = tl.load(table + row * width + columns, mask=inside_row, other=0.0).to(tl.float32)
+            total += tl.where(there, weight, 0.0) * values
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
+
+
+def weighted_sum(out: Tensor, table: Tensor, index: Tensor, weights: Tensor) -> None:
+    """Write the sums of ``table [R, D]`` at ``index [P, K]`` to ``out [P, D]``, all contiguous.
+
+    An index outside ``[0, R)``, such as -1, adds nothing. Table and ``out`` may be float32, bfloat16 or float16.
+    """
+    tokens, fanout = index.shape
+    if out.numel() == 0:
+        return
+    columns = Columns.of(out.shape[1], table.itemsize)
+    _kernel[(tokens, columns.blocks)](
+        out,
+        table,
+        index,
+        weights,
+        table.shape[0],
+        fanout,
+        columns.units,
+        UNIT=columns.unit,
+        UNROLL=_unroll(fanout),
+        BLOCK=columns.block,
+        num_warps=columns.num_warps,
+        num_stages=2,
+        **OPTIONS,
+    )
+
+
+def _unroll(fanout: int) -> int:
+    return min(bucket(fanout), 8)
+
+
+def forms() -> list[Form]:
+    return [
+        _form("paper", 512, 8),
+        _form("bfloat16", 512, 8, table="*bf16", out="*bf16"),
+        _form("odd", 129, 8),
+        _form("wide", 2048, 128),
+    ]
+
+
+def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "*fp32") -> Form:
+    columns = Columns.of(width, 4 if table == "*fp32" else 2)
+    return Form(
+        name=name,
+        kernel=_kernel,
+        types={
+            "out": out,
+            "table": table,
+            "index": "*i64",
+            "weights": "*fp32",
+            "rows": "i32",
+            "fanout": "i32",
+            "units": "i32",
+        },
+        constants={"UNIT": columns.unit, "UNROLL": _unroll(fanout), "BLOCK": columns.block},
+        aligned=("out", "table", "index", "weights"),
+        num_warps=columns.num_warps,
+        wide=width % 16 == 0,
+    )
