@@ -1,0 +1,59 @@
+"""Addresses on a GPU: scoring fused with the top-k of a codebook, and gradients on the selected sub-keys only."""
+
+import torch
+from torch import Tensor
+
+from fwpkm.ops.cuda._selected import Selected
+from fwpkm.ops.cuda.product_key_topk import combined
+from fwpkm.ops.kernels.select_subkeys import select_subkeys
+from fwpkm.ops.kernels.selected_gradient import selected_gradient
+
+
+def forward(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    memories, tokens, heads, width = query.shape
+    n = keys.shape[3]
+    sub_scores = query.new_empty(memories, tokens, heads, 2, k)
+    sub_slots = torch.empty_like(sub_scores, dtype=torch.int64)
+    query = query if query.stride(3) == 1 else query.contiguous()
+    best, best_slots = sub_scores, sub_slots
+    if keys.shape[0] == 1:  # memories that share sub-keys share tiles
+        query = query.reshape(1, memories * tokens, heads, width)
+        best, best_slots = (x.view(1, memories * tokens, heads, 2, k) for x in (best, best_slots))
+    select_subkeys(best, best_slots, query, keys.contiguous(), score, eps)
+    return *combined(sub_scores, sub_slots, n), sub_scores, sub_slots
+
+
+def backward(
+    grad_scores: Tensor,
+    grad_sub_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    sub_scores: Tensor,
+    sub_slots: Tensor,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    n, half, k = keys.shape[3], keys.shape[4], slots.shape[3]
+    idw_sub_scores = sub_scores.contiguous() if score == "idw" else None
+    sub_slots = sub_slots.contiguous()
+    coefficients = torch.empty_like(sub_scores, memory_format=torch.contiguous_format)
+    selected_gradient(
+        coefficients,
+        grad_scores.contiguous(),
+        slots.contiguous(),
+        sub_slots,
+        n,
+        grad_sub_scores.contiguous(),
+        idw_sub_scores,
+    )
+
+    halves, subkeys = query.reshape(-1, half).contiguous(), keys.reshape(-1, half).contiguous()
+    coefficients = coefficients.view(-1, k)
+    selected = Selected.of(sub_slots, keys.shape[0], n)
+    segments = selected.by_subkey()
+    grad_halves = selected.times(coefficients, subkeys)
+    grad_keys = selected.transposed_times(segments, coefficients, halves)
+    if score == "idw":  # the coefficients are those of q - K
+        grad_halves = torch.addcmul(-grad_halves, coefficients.sum(-1, keepdim=True), halves)
+        grad_keys = torch.addcmul(-grad_keys, selected.sums(segments, coefficients), subkeys)
+    return grad_halves.view(query.shape), grad_keys.view(keys.shape)
