@@ -1,0 +1,79 @@
+"""The released research code, where ``FWPKM_RELEASED_CODE`` names a folder with it.
+
+It runs on a GPU only, because of its embedding bag; here that is a plain sum, and everything else is as it is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs
+from fwpkm.checks import require
+
+VARIABLE = "FWPKM_RELEASED_CODE"
+_PACKAGE = "fwpkm_released"
+_MODULE = Path("src", "models", "fwpkm", "fwpkm.py")
+
+
+def folder() -> Path | None:
+    """The folder, or None where none is named.
+
+    Raises:
+        ValueError: if it does not hold the released code.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    found = (Path(name) / _MODULE).is_file()
+    require(found, VARIABLE, name, "a checkout of the released code, which has {}", _MODULE)
+    return Path(name)
+
+
+class Released:
+    """The released memory, from the inputs' keys and values on; every call continues what the one before left."""
+
+    def __init__(self, inputs: Inputs, case: Case) -> None:
+        require(case.key_update == "fast", "key_update", case.key_update, "'fast', what the released code does")
+        self._module = _memory()(
+            mem_k_dim=case.key_dim,
+            mem_v_dim=case.value_dim,
+            mem_heads=case.heads,
+            mem_topk=case.topk,
+            mem_n_subkeys=case.n_subkeys,
+        )
+        with torch.no_grad():  # it writes into its own parameters, so these are a copy
+            self._module.keys.copy_(inputs.keys.flatten(0, 2))
+            self._module.values.copy_(inputs.values)
+
+    def __call__(self, inputs: Inputs, case: Case) -> Tensor:
+        self._module.train(torch.is_grad_enabled())
+        return self._module(inputs.query.flatten(2), inputs.target, inputs.gate, case.chunk)["output"]
+
+
+def fast_weight_memory(inputs: Inputs, case: Case) -> Tensor:
+    """Outputs of the released memory from the inputs' keys and values."""
+    return Released(inputs, case)(inputs, case)
+
+
+def _memory() -> Any:
+    if f"{_PACKAGE}.fwpkm" not in sys.modules:
+        root = folder()
+        assert root is not None
+        package = types.ModuleType(_PACKAGE)
+        package.__path__ = [str(root / _MODULE.parent)]
+        bag: Any = types.ModuleType(f"{_PACKAGE}.xformer_embeddingbag_grad_wrapper")
+        bag.xformers_embedding_bag = _embedding_bag
+        sys.modules |= {_PACKAGE: package, bag.__name__: bag}
+    return importlib.import_module(f"{_PACKAGE}.fwpkm").FastWeightProductKeyMemory
+
+
+def _embedding_bag(indices: Tensor, weight: Tensor, per_sample_weights: Tensor) -> Tensor:
+    return (weight[indices] * per_sample_weights.unsqueeze(-1)).sum(1)
