@@ -71,6 +71,6 @@ def _entries(keys: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
     """The level's entries with one of ``keys [W]``: which of these, the record, the weight."""
     first, end = torch.searchsorted(level.keys.contiguous(), torch.stack((keys, keys + 1)))
     counts = end - first
-    rows = torch.arange(keys.numel()).repeat_interleave(counts)
-    entry = torch.arange(rows.numel()) + (first - counts.cumsum(0) + counts)[rows]
+    rows = torch.arange(keys.numel(), device=keys.device).repeat_interleave(counts)
+    entry = torch.arange(rows.numel(), device=keys.device) + (first - counts.cumsum(0) + counts)[rows]
     return rows, level.records[entry], level.weights[entry]

@@ -16,6 +16,7 @@ from fwpkm.ops.cuda import memory_scan
 from tests.draws import Draw, seeds, strided
 
 CUDA = memory_scan.forward, memory_scan.backward
+NO_INDEX = (0, None, [])  # the forward's last arguments, which are not for kernels
 OPERATORS = torch.ops.fwpkm.memory_scan.default, torch.ops.fwpkm.memory_scan_backward.default
 INPUTS = ("values", "slots", "weights", "coefficients", "targets", "gates")
 LOG = ("log_slots", "log_coefficients", "log_residuals", "log_chunks", "log_lengths", "lookahead")
@@ -107,7 +108,7 @@ def wide(named: dict[str, Any]) -> dict[str, Any]:
 def run(forward: Any, backward: Any, named: dict[str, Any], grad_out: Tensor, values_need_grad: bool) -> list[Tensor]:
     """The outputs of a scan and its gradients."""
     values, *others = named.values()
-    outputs = forward(values, *others)
+    outputs = forward(values, *others, *NO_INDEX)
     return [*outputs, *backward(grad_out, *outputs, *others, values.shape[0], values_need_grad)]
 
 
@@ -218,7 +219,7 @@ def test_a_chunk_passes_its_rows_on():
     """What ``rows`` holds is the version that the last chunk read, with padding of zeros after it."""
     named = draw_scan(Draw(4), Size(1, 2, 3, 2, 4, 5))
     values, *others = named.values()
-    _, rows, local = memory_scan.forward(values, *others)
+    _, rows, local = memory_scan.forward(values, *others, *NO_INDEX)
     used = local.max() + 1
     before, slots = named["values"].double(), named["slots"][:, :1]
     first = {k: v if k == "values" else v[:, :1] for k, v in named.items() if k in INPUTS}
@@ -260,7 +261,8 @@ def test_each_sample_of_a_batch(own_values, monkeypatch):
     sought = ("values", "weights", "coefficients", "targets", "gates", "log_coefficients", "log_residuals")
 
     def total(*tensors: Tensor) -> Tensor:
-        return OPERATORS[0](*(samples[0] | dict(zip(names, tensors, strict=True))).values())[0].sin().sum()
+        named = samples[0] | dict(zip(names, tensors, strict=True))
+        return OPERATORS[0](*named.values(), *NO_INDEX)[0].sin().sum()
 
     gradients = torch.func.vmap(
         torch.func.grad(total, tuple(map(names.index, sought))), (0 if own_values else None, *[0] * (len(names) - 1))
@@ -283,9 +285,11 @@ def test_opcheck(requires_grad, monkeypatch):
         if isinstance(x, Tensor) and x.is_floating_point():
             x.requires_grad_(requires_grad)
     values, *others = named.values()
-    torch.library.opcheck(OPERATORS[0], (values, *others))
+    torch.library.opcheck(OPERATORS[0], (values, *others, *NO_INDEX))
     values, *others = (x.detach() if isinstance(x, Tensor) else x for x in named.values())
-    torch.library.opcheck(OPERATORS[1], (grad_out, *OPERATORS[0](values, *others), *others, values.shape[0], True))
+    torch.library.opcheck(
+        OPERATORS[1], (grad_out, *OPERATORS[0](values, *others, *NO_INDEX), *others, values.shape[0], True)
+    )
 
 
 class NothingAskedOfTheGpu(TorchDispatchMode):
