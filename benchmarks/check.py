@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import plain, subjects
+from benchmarks import plain, released, subjects
 from benchmarks.cases import Case, Inputs, draw
 from benchmarks.subjects import Memory
 from fwpkm import reference
@@ -69,6 +69,27 @@ def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -
         found = subjects.gradients(output, differentiable.leaves(), inputs.target)
         errors[name] = _compare(name, ("output", *_GRADIENTS), (output, *found), (expected, *gradients), TOLERANCE)
     return errors
+
+
+def check_released(case: Case, inputs: Inputs) -> dict[str, float]:
+    """The released code's outputs are the reference's; its gradients are compared, and the differences returned only.
+
+    Its gradient of the queries is another one, in float64 too (docs/benchmarks.md).
+
+    Raises:
+        WrongResultError: if outputs differ.
+    """
+    with torch.no_grad():
+        expected = reference_memory(inputs.to(torch.float64), case)
+    exact = inputs.to(torch.float64).requiring_gradients()
+    output = plain.fast_weight_memory(exact, case)
+    gradients = subjects.gradients(output, exact.leaves(), exact.target.detach())
+    del output, exact
+    differentiable = inputs.requiring_gradients()
+    output = released.fast_weight_memory(differentiable, case)
+    errors = _compare("released", ("output",), [output], [expected], TOLERANCE)
+    found = subjects.gradients(output, differentiable.leaves(), inputs.target)
+    return errors | _compare("released", _GRADIENTS, found, gradients, float("inf"))
 
 
 def check_layer(case: Case, module: FwPKM, hidden: Tensor) -> dict[str, float]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import typer
 
 import fwpkm
-from benchmarks import check, decode, peak, plots, roofline, subjects, tables, timing, work
+from benchmarks import check, decode, peak, plots, released, roofline, subjects, tables, timing, work
 from benchmarks.cases import Case, safe_inputs, without_near_ties
 from benchmarks.subjects import MEMORIES, Memory
 from fwpkm.checks import require
@@ -56,7 +57,7 @@ class Settings:
     decode: Case = DECODE
     contexts: tuple[int, ...] = (1 << 10, 1 << 13, 1 << 15, 1 << 17)
     batches: tuple[int, ...] = (1, 16)
-    decode_tokens: int = 8
+    decode_tokens: int = 24
     prefill: Case = PREFILL
     piece: int = 4096
     checked_pieces: int = 4
@@ -149,7 +150,7 @@ def where() -> Results:
 
 
 def paper(settings: Settings, memories: Mapping[str, Memory]) -> Results:
-    """Function, layer, plain composition and package at the paper's size."""
+    """Function, layer, plain composition, released code and package at the paper's size."""
     case = settings.paper
     inputs, redrawn = safe_inputs(case)
     errors = check.check_memories(case, inputs, memories)
@@ -162,6 +163,9 @@ def paper(settings: Settings, memories: Mapping[str, Memory]) -> Results:
         "layer": subjects.module_run(module, hidden),
     }
     slow = {"plain": subjects.memory_run(memories["plain"], inputs, case)}
+    if released.folder():
+        errors["released"] = check.check_released(case, inputs)
+        slow["released"] = subjects.released_run(inputs, case)
     reference_machine = timing.Machine(settings.copy_megabytes)
     runs: dict[str, timing.Run] = {}
     for name, subject in quick.items():
@@ -185,8 +189,9 @@ def paper(settings: Settings, memories: Mapping[str, Memory]) -> Results:
                 continue
             backward = what == "backward"
             row: Results = {"name": name, "backward": backward} | timing.summary(seconds[f"{name} {what}"])
-            if name in MEMORIES:
+            if name in MEMORIES or name == "released":
                 row |= _rates(case, backward, row["seconds"])
+            row["over_fwpkm"] = row["seconds"] / statistics.median(seconds[f"fwpkm {what}"])
             measured.append(row | {"peak_bytes": peak.peak_bytes(name, case, backward)})
     return {
         "case": dataclasses.asdict(case),
@@ -226,16 +231,21 @@ def grids(settings: Settings, memories: Mapping[str, Memory]) -> Results:
     found: Results = {"case": dataclasses.asdict(settings.grid)}
     for name, sizes in zip(GRIDS, settings.grids, strict=True):
         others = name in AGAINST_OTHERS
-        subjects_of = ("fwpkm", "plain") if others else ("fwpkm",)
+        compared = ("fwpkm", "plain") if others else ("fwpkm",)
+        subjects_of = (*compared, "released") if others and released.folder() else compared
         cases = {size: _resized(settings.grid, name, size) for size in sizes}
         runs: dict[str, timing.Run] = {}
         slow: dict[str, timing.Run] = {}
         for size, case in cases.items():
             inputs, _ = safe_inputs(case)
-            check.check_memories(case, inputs, {subject: memories[subject] for subject in subjects_of})
+            check.check_memories(case, inputs, {subject: memories[subject] for subject in compared})
             for subject in subjects_of:
-                run_it = subjects.memory_run(memories[subject], inputs, case)
-                into = slow if subject == "plain" else runs
+                if subject == "released":
+                    check.check_released(case, inputs)
+                    run_it = subjects.released_run(inputs, case)
+                else:
+                    run_it = subjects.memory_run(memories[subject], inputs, case)
+                into = runs if subject == "fwpkm" else slow
                 into |= {f"{subject} {size} {what}": _of(run_it, what == "backward") for what in _WHAT}
         seconds = timing.interleaved(runs, settings.repeats) | timing.interleaved(
             slow, settings.slow_repeats, warm_up=False

@@ -23,6 +23,7 @@ from fwpkm.ops import product_key_address
 
 DISTRIBUTIONS = ("uniform", "Zipf", "one hot slot")
 BANK = 4096  # different residuals in a log
+CHUNKS = 8
 
 
 class Records(NamedTuple):
@@ -101,6 +102,8 @@ def expected_read(log: Records, weights: FastWeights, query: Tensor, case: Case)
 def decode(case: Case, contexts: Sequence[int], batches: Sequence[int], tokens: int) -> list[dict[str, Any]]:
     """Seconds a token after each context, contexts interleaved; the first token is compared and not timed.
 
+    After the longest one, also the mean of ``CHUNKS`` chunks: with their commits, and what the log's index takes.
+
     Raises:
         WrongResultError: if a read differs from that of the dense memory in float64.
     """
@@ -130,12 +133,17 @@ def decode(case: Case, contexts: Sequence[int], batches: Sequence[int], tokens: 
                     seconds[context].append(time.perf_counter() - start)
                     states[context] = result.state
             first = statistics.median(seconds[contexts[0]])
-            rows += [
+            found = [
                 {"batch": batch, "addresses": distribution, "context": context}
                 | timing.summary(seconds[context])
                 | {"ratio": statistics.median(seconds[context]) / first}
                 for context in contexts
             ]
+            state, start = states[contexts[-1]], time.perf_counter()
+            for i in range(CHUNKS * case.chunk):
+                state = fwpkm.fast_weight_memory(queries[1 + i % tokens], target, gate, state, config).state
+            found[-1]["mean_of_chunks"] = (time.perf_counter() - start) / (CHUNKS * case.chunk)
+            rows += found
     return rows
 
 

@@ -36,7 +36,7 @@ def _kilobytes(field: str) -> int:
 
 def _measure(name: str, case: Case, backward: bool, threads: int) -> int:
     torch.set_num_threads(threads)
-    small = dataclasses.replace(case, tokens=4, chunk=2, n_subkeys=case.topk * 2, batch=1)
+    small = dataclasses.replace(case, tokens=64, chunk=32, n_subkeys=case.topk * 2, batch=1)
     subject(name, small)(backward)  # what a first call loads is not counted
     run = subject(name, case)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here

@@ -1,4 +1,4 @@
-"""The picture of growth: time and memory over tokens and over slots, ours and the plain composition's."""
+"""The picture of growth: time and memory over tokens and over slots, ours and the others'."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ IMAGE = Path(__file__).parents[1] / "docs" / "images" / "cpu-growth.png"
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "fwpkm": ("fast_weight_memory", {"linestyle": "-", "marker": "o", "zorder": 4}),
     "plain": ("plain PyTorch", {"linestyle": (0, (5, 2)), "marker": "s", "zorder": 3}),
+    "released": ("released code", {"linestyle": (0, (1, 1.5)), "marker": "^", "zorder": 2}),
 }
 OVER = {"tokens": ("Tokens", 1), "n_subkeys": ("Slots", 2)}
 
@@ -36,6 +37,8 @@ def draw(result: Mapping[str, Any], theme: Theme) -> Figure:
     for column, (grid, (label, power)) in enumerate(OVER.items()):
         for name, (title, style) in LINES.items():
             rows = [row for row in result[grid]["rows"] if row["name"] == name and row["backward"]]
+            if not rows:
+                continue
             sizes = [row["size"] ** power for row in rows]
             line = style | {"color": theme.memory if name == "fwpkm" else theme.control}
             times = [1e3 * row["seconds"] for row in rows]

@@ -1,4 +1,4 @@
-"""What is measured: this project's function and layer, the plain composition, and a published package."""
+"""What is measured: our function and layer, the plain composition, the released code, a published package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
 import fwpkm
-from benchmarks import plain
+from benchmarks import plain, released
 from benchmarks.cases import Case, Inputs, draw
 from fwpkm.layers import FwPKM
 
@@ -47,6 +47,11 @@ def memory_run(memory: Memory, inputs: Inputs, case: Case) -> Run:
         return gradients(output, differentiable.leaves(), inputs.target)
 
     return run
+
+
+def released_run(inputs: Inputs, case: Case) -> Run:
+    """Of one memory, made before anything is timed."""
+    return memory_run(released.Released(inputs, case), inputs, case)
 
 
 def module_run(module: nn.Module, hidden: Tensor) -> Run:
@@ -127,6 +132,8 @@ def subject(name: str, case: Case) -> Run:
     """A run by name, on inputs drawn with their near ties."""
     if name in MEMORIES:
         return memory_run(MEMORIES[name], draw(case), case)
+    if name == "released":
+        return released_run(draw(case), case)
     if name == "layer":
         return module_run(layer(case), layer_hidden(case))
     return module_run(package(case), torch.randn(case.batch, case.tokens, case.value_dim))

@@ -17,6 +17,7 @@ NAMES = {
     "fwpkm": "`fast_weight_memory`",
     "layer": "`layers.FwPKM`, hidden {hidden_size}",
     "plain": "plain PyTorch (a copy of V a commit, autograd)",
+    "released": "the released code (plain sum for its embedding bag)",
     "package": "{package}, its own layer and update rule",
 }
 
@@ -55,9 +56,11 @@ def paper(section: Results) -> str:
         rows = {row["backward"]: row for row in result["rows"] if row["name"] == name}
         if rows:
             forward, backward = (rows.get(kind, {}) for kind in (False, True))
-            lines.append([label.format(**result), *(f(x) for f in (_time, _gigabytes) for x in (forward, backward))])
+            times = (f(x) for x in (forward, backward) for f in (_time, _over))
+            lines.append([label.format(**result), *times, _gigabytes(forward), _gigabytes(backward)])
     rates = result["machine_rates"]
-    return _table(["", "Forward", "Forward + backward", "Peak of it", "Peak of both"], lines, "lrrrr") + (
+    head = ["", "Forward", "", "Forward + backward", "", "Peak of forward", "Peak of both"]
+    return _table(head, lines, "lrrrrrr") + (
         f"\n{_where(section)}. In the same run it copies {rates['copy_gb_per_second']:.1f} GB/s "
         f"and multiplies matrices at {rates['product_gflop_per_second']:.0f} GFLOP/s.\n"
     )
@@ -92,12 +95,13 @@ def grids(section: Results) -> str:
     for grid, letter in SIZES.items():
         rows = {(row["name"], row["backward"], row["size"]): row for row in result[grid]["rows"]}
         for size in dict.fromkeys(size for _, _, size in rows):
-            found = [rows.get((name, kind, size), {}) for name in ("fwpkm", "plain") for kind in (False, True)]
+            names = ("fwpkm", "plain", "released")
+            found = [rows.get((name, kind, size), {}) for name in names for kind in (False, True)]
             shown = f"{letter} = {size**2 if letter == 'N' else size:,}"
-            peaks = [_megabytes(found[i]) for i in (1, 3)]
-            lines.append([shown, *map(_time, found), *peaks])
-    head = ["", "Forward", "Both", "Plain: forward", "Plain: both", "Peak of both", "Plain: peak"]
-    return _table(head, lines, "lrrrrrr")
+            lines.append([shown, *map(_time, found), *map(_megabytes, found[1::2])])
+    columns = (f"{name}{what}" for name in ("", "Plain: ", "Released: ") for what in ("forward", "both"))
+    head = ["", *columns, "Peak of both", "Plain: peak", "Released: peak"]
+    return _table([x[:1].upper() + x[1:] for x in head], lines, "lrrrrrrrrr")
 
 
 def growth(section: Results) -> str:
@@ -118,17 +122,17 @@ def growth(section: Results) -> str:
 
 
 def decode(section: Results) -> str:
-    """Milliseconds a token, and the longest over that after the shortest context."""
+    """Milliseconds a token, the longest over that after the shortest context, and the mean with commits."""
     rows = section["result"]
     contexts = list(dict.fromkeys(row["context"] for row in rows))
     cells = {(row["batch"], row["addresses"], row["context"]): row for row in rows}
     lines = []
     for batch, addresses in dict.fromkeys((row["batch"], row["addresses"]) for row in rows):
         found = [cells[batch, addresses, context] for context in contexts]
-        lines.append([str(batch), addresses, *map(_time, found), f"{max(row['ratio'] for row in found):.2f}×"])
-    last = f"Longest over {length_label(contexts[0])}"
-    head = ["Batch", "Addresses", *map(length_label, contexts), last]
-    return _table(head, lines, "rl" + "r" * (len(contexts) + 1))
+        longest, mean = max(row["ratio"] for row in found), found[-1]["mean_of_chunks"]
+        lines.append([str(batch), addresses, *map(_time, found), f"{longest:.2f}×", f"{_three(1e3 * mean)} ms"])
+    last = [f"Longest over {length_label(contexts[0])}", f"Mean with commits after {length_label(contexts[-1])}"]
+    return _table(["Batch", "Addresses", *map(length_label, contexts), *last], lines, "rl" + "r" * (len(contexts) + 2))
 
 
 def prefill(section: Results) -> str:
@@ -192,6 +196,10 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], alignment: str) -> str:
     rule = ["---:" if side == "r" else "---" for side in alignment]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def _over(row: Results) -> str:
+    return f"{row['over_fwpkm']:.3g}×" if row else MISSING
 
 
 def _time(row: Results) -> str:

@@ -22,8 +22,9 @@ class Part(NamedTuple):
 def parts(case: Case) -> list[Part]:
     """The parts of forward and backward, in the order in which they run.
 
-    Commits are those whose result is read: the last chunk's is not. The key commit is one product of a sparse matrix of
-    coefficients, written out, with the queries; so are the gradients of addresses and key commits.
+    Commits are those whose result is read: the last chunk's is not. The key commit is a product of the queries with a
+    matrix of which only the selected sub-keys' coefficients are not zero; so are the gradients of addresses and key
+    commits.
     """
     tokens, commits = case.batch * case.tokens, case.n_chunks - 1
     written = case.batch * commits * case.chunk
@@ -32,6 +33,7 @@ def parts(case: Case) -> list[Part]:
     query = case.heads * case.key_dim * FLOAT
     keys = case.batch * case.n_subkeys * query
     product = 2 * case.heads * case.key_dim * case.n_subkeys
+    selected = 2 * case.heads * case.key_dim * case.topk
     sub_scores = tokens * case.heads * 2 * case.n_subkeys * FLOAT
     address, scan, commit = "product_key_address", "memory_scan", "key_commit"
     fast = case.key_update == "fast"
@@ -41,7 +43,7 @@ def parts(case: Case) -> list[Part]:
         Part("gather and sum", scan, False, entries * row + tokens * row, 2 * entries * case.value_dim),
         Part("residual", scan, False, 3 * written * row, 2 * written * case.value_dim),
         Part("commit", scan, False, 2 * stored * row + written * row, 2 * stored * case.value_dim),
-        Part("key commit", commit, False, fast * (written * query + 2 * commits * keys), fast * written * product),
+        Part("key commit", commit, False, fast * (written * query + 2 * commits * keys), fast * written * selected),
         # G is read for two results, V is rewound, read, and G is added to (docs/design.md, section 5)
         Part(
             "scan, backward",
@@ -55,14 +57,14 @@ def parts(case: Case) -> list[Part]:
             address + "_backward",
             True,
             2 * (tokens * query + case.n_chunks * keys),
-            2 * tokens * product,
+            2 * tokens * selected,
         ),
         Part(
             "key commit, backward",
             commit + "_backward",
             True,
             fast * (2 * written * query + 3 * commits * keys),
-            fast * 2 * written * product,
+            fast * 2 * written * selected,
         ),
     ]
 

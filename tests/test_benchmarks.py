@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import check, cpu, decode, peak, plain, subjects, tables, timing, work
+from benchmarks import check, cpu, decode, peak, plain, released, subjects, tables, timing, work
 from benchmarks.cases import MARGIN, Case, safe_inputs
 from tests.draws import Draw, seeds
 
@@ -20,6 +21,7 @@ TINY = dataclasses.replace(
     grid=Case(tokens=32, n_subkeys=12, key_dim=8, value_dim=8, topk=4, chunk=16),
     grids=((16, 32), (8, 16), (1, 2), (2, 4), (4, 8)),
     repeats=2,
+    decode_tokens=2,
     copy_megabytes=1,
 )
 
@@ -191,3 +193,57 @@ def test_unknown_sections_are_refused(tmp_path):
         cpu.main(only=["speed"], out=tmp_path / "cpu.json")
     with pytest.raises(ValueError, match="--quick"):
         cpu.main(only=[], quick=True)
+
+
+STUB = """
+import torch
+from benchmarks import plain
+from benchmarks.cases import Case, Inputs
+from .xformer_embeddingbag_grad_wrapper import xformers_embedding_bag
+
+class FastWeightProductKeyMemory(torch.nn.Module):
+    def __init__(self, mem_k_dim, mem_v_dim, mem_heads, mem_topk, mem_n_subkeys):
+        super().__init__()
+        self.keys = torch.nn.Parameter(torch.zeros(2 * mem_heads * mem_n_subkeys, mem_k_dim // 2))
+        self.values = torch.nn.Parameter(torch.zeros(mem_n_subkeys**2, mem_v_dim))
+        self.sizes = dict(n_subkeys=mem_n_subkeys, topk=mem_topk, key_dim=mem_k_dim, value_dim=mem_v_dim)
+
+    def forward(self, q, ref_v, gates, chunk_size):
+        case = Case(tokens=q.shape[1], chunk=chunk_size, **self.sizes)
+        keys = self.keys.detach().view(1, 2, case.n_subkeys, -1)
+        x = Inputs(q.unsqueeze(2), ref_v, gates, keys, self.values.detach())
+        slots = torch.arange(4).view(2, 2)
+        bag = xformers_embedding_bag(indices=slots, weight=self.values, per_sample_weights=torch.ones(2, 2))
+        assert torch.equal(bag[1], self.values[2] + self.values[3])
+        return {"output": plain.fast_weight_memory(x, case) * SCALE}
+"""
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_released_code_is_found_by_its_variable_and_compared(scale, tmp_path, monkeypatch):
+    """A module of the released one's interface, in its place in a checkout, right and wrong."""
+    module = tmp_path / "src" / "models" / "fwpkm" / "fwpkm.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(STUB.replace("SCALE", str(scale)))
+    monkeypatch.setenv(released.VARIABLE, str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith(released._PACKAGE)]:
+        monkeypatch.delitem(sys.modules, name)
+    inputs, _ = safe_inputs(TINY.paper)
+    try:
+        if scale == 1:
+            assert max(check.check_released(TINY.paper, inputs).values()) < check.TOLERANCE
+            subjects.released_run(inputs, TINY.paper)(True)
+        else:
+            with pytest.raises(check.WrongResultError, match="released: output is off"):
+                check.check_released(TINY.paper, inputs)
+    finally:
+        for name in [name for name in sys.modules if name.startswith(released._PACKAGE)]:
+            del sys.modules[name]
+
+
+def test_a_folder_without_the_released_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(released.VARIABLE, str(tmp_path))
+    with pytest.raises(ValueError, match=r"FWPKM_RELEASED_CODE is .*; expected a checkout of the released code"):
+        released.folder()
+    monkeypatch.delenv(released.VARIABLE)
+    assert released.folder() is None
