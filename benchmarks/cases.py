@@ -56,8 +56,8 @@ class Inputs:
     def weights(self) -> FastWeights:
         return FastWeights(self.keys, self.values)
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        return Inputs(*(x.to(dtype) for x in (*self.leaves(), self.keys, self.values)))
+    def to(self, kind: torch.dtype | torch.device) -> Inputs:
+        return Inputs(*(x.to(kind) for x in (*self.leaves(), self.keys, self.values)))
 
     def leaves(self) -> list[Tensor]:
         """What gradients are asked for."""

@@ -33,7 +33,7 @@ AGAINST_OTHERS = ("tokens", "n_subkeys")  # grids that the plain composition is 
 
 PAPER = Case()
 GRID = Case(n_subkeys=128, key_dim=128, value_dim=128)
-DECODE = Case(value_dim=256, key_update="slow")
+DECODE = Case(value_dim=128, key_update="slow")
 PREFILL = Case(tokens=1 << 20, n_subkeys=128, key_dim=64, value_dim=64, key_update="slow")
 
 Results = dict[str, Any]

@@ -78,7 +78,7 @@ def records(case: Case, weights: FastWeights, distribution: str, batch: int, len
 def state_of(config: MemoryConfig, weights: FastWeights, log: Records) -> MemoryState:
     """The state after the records' tokens, whole chunks all of them."""
     batch, length = log.gates.shape
-    state = MemoryState.start(weights, config, batch).record([x.clone() for x in log], training=False)
+    state = MemoryState.start(weights, config, batch).record(log, training=False)
     chunks = length // config.chunk_size
     return dataclasses.replace(state, position=length, commits=chunks, committed=length)
 

@@ -75,7 +75,7 @@ def margins(query: Tensor, keys: Tensor, k: int) -> Tensor:
     best, _ = sub_scores(query, keys).topk(min(k + 1, keys.shape[-2]))
     grid = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)
     if grid.shape[-1] <= k:
-        return torch.full(query.shape[:1], torch.inf)
+        return query.new_full(query.shape[:1], torch.inf)
     pairs = grid.topk(k + 1).values
     gaps = [pairs[..., k - 1] - pairs[..., k]]
     if best.shape[-1] > k:
@@ -89,7 +89,7 @@ def key_commit(query: Tensor, keys: Tensor, sub_slots: Tensor) -> Tensor:
     with torch.enable_grad():
         moving = keys if keys.requires_grad else keys.detach().requires_grad_()
         selected = sub_scores(query, moving).gather(-1, sub_slots)
-        usage = torch.zeros(*query.shape[:2], 2, keys.shape[-2], dtype=query.dtype)
+        usage = query.new_zeros(*query.shape[:2], 2, keys.shape[-2])
         mean = usage.scatter(-1, sub_slots, selected.softmax(-1)).mean((0, 1))
         loss = (mean * torch.log(mean + 1e-8)).sum()
         (gradient,) = torch.autograd.grad(loss, moving, create_graph=differentiable)

@@ -1,6 +1,6 @@
 """The released research code, where ``FWPKM_RELEASED_CODE`` names a folder with it.
 
-It runs on a GPU only, because of its embedding bag; here that is a plain sum, and everything else is as it is there.
+Its embedding bag runs on a GPU only; without one that is a plain sum, and everything else is as it is there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Released:
             mem_heads=case.heads,
             mem_topk=case.topk,
             mem_n_subkeys=case.n_subkeys,
-        )
+        ).to(inputs.values.device)
         with torch.no_grad():  # it writes into its own parameters, so these are a copy
             self._module.keys.copy_(inputs.keys.flatten(0, 2))
             self._module.values.copy_(inputs.values)
@@ -69,9 +69,12 @@ def _memory() -> Any:
         assert root is not None
         package = types.ModuleType(_PACKAGE)
         package.__path__ = [str(root / _MODULE.parent)]
+        sys.modules[_PACKAGE] = package
+        if torch.cuda.is_available():
+            return importlib.import_module(f"{_PACKAGE}.fwpkm").FastWeightProductKeyMemory
         bag: Any = types.ModuleType(f"{_PACKAGE}.xformer_embeddingbag_grad_wrapper")
         bag.xformers_embedding_bag = _embedding_bag
-        sys.modules |= {_PACKAGE: package, bag.__name__: bag}
+        sys.modules[bag.__name__] = bag
     return importlib.import_module(f"{_PACKAGE}.fwpkm").FastWeightProductKeyMemory
 
 

@@ -163,14 +163,14 @@ def test_crop(config, seed, masked, drop, **size):
 def test_bfloat16_records():
     """Residuals are kept in half the size, rounded alike in one call and token by token; training does not round."""
     config = MemoryConfig(topk=2, chunk_size=4, key_update="slow", log_dtype="bfloat16")
-    inputs = draw_inputs(0, 2, 23, 1, 9).to(torch.float32)
+    inputs = draw_inputs(0, 2, 23, 1, 30).to(torch.float32)  # slots enough for the log not to be folded
     with torch.no_grad():
         output, whole = run(inputs, config, [])
         pieces, last = run(inputs, config, list(range(1, 23)))
         plain, _ = run(inputs, dataclasses.replace(config, log_dtype="float32"), [])
         trained, _ = run(inputs, config, [], training=True)
     assert whole.state.log.residuals.dtype == last.state.log.residuals.dtype == torch.bfloat16
-    assert torch.equal(whole.state.log.residuals, last.state.log.residuals[:, :23])
+    assert torch.equal(whole.state.log.residuals[:, :23], last.state.log.residuals[:, :23])
     assert_close(pieces, output)
     assert not torch.equal(plain, output)
     assert_close(plain, output, rtol=0.05, atol=0.05)

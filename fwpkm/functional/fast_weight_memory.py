@@ -120,7 +120,7 @@ def _check(
 
 def _open_loss(state: MemoryState) -> ChunkLosses:
     """The addressing loss of the open chunks."""
-    if state.open is None:
+    if state.open is None or not state.has_open:
         return ChunkLosses.none(state.values)
     sub_scores, sub_slots = state.open.columns()[:2]
     mask = state.open_mask()

@@ -68,7 +68,7 @@ def check_kept_queries(state: MemoryState, moving: bool, training: bool) -> None
     """A chunk whose keys commit at its end needs the queries of all its tokens."""
     kept = state.open is not None and len(state.open.tensors) == 3
     require(
-        state.open is None or kept == moving,
+        not state.has_open or kept == moving,
         "training",
         training,
         "the same for all tokens of a chunk when key_update is 'train_only' (flush() the state in between)",

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds, as far as a graph that is made for many sizes can know; it is not guarded."""
+    return statically_known_true(condition)
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fwpkm.checks import require, require_choice, require_shape
-from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.appendable import Appendable, surely
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import relative_write_scale, residual_dtype, weights_of
@@ -92,6 +92,11 @@ class MemoryState:
         return (self.position - self.origin) % self.config.chunk_size
 
     @property
+    def has_open(self) -> bool:
+        """Whether a chunk is open: a graph may have made one of no tokens."""
+        return self.open is not None and not surely(self.open.used == 0)
+
+    @property
     def filled(self) -> int | Tensor:
         """Records of each memory in the log."""
         return self.committed + self.open_tokens * self.columns
@@ -156,7 +161,7 @@ class MemoryState:
 
     def flush(self) -> MemoryState:
         """Commit the open chunk now, with its own length as ``C``; chunk boundaries then count from here."""
-        if self.open is None:
+        if self.open is None or not self.has_open:
             return self
         assert self.log is not None
         tokens = self.per_memory(self.open_tokens)
@@ -173,7 +178,7 @@ class MemoryState:
             open=None,
             waiting=None,
             origin=self.position,
-            commits=self.commits + (self.open_tokens > 0),
+            commits=self.commits + _at_most_one(self.open_tokens),
             committed=self.filled,
         )
 
@@ -378,13 +383,17 @@ class MemoryState:
         return dataclasses.replace(
             self,
             own_values=self.dense_values(),
-            log=WriteLog(Appendable.of(records), self.log.lookahead),
+            log=WriteLog(Appendable.of(records), self.log.lookahead) if records[0].shape[1] else None,
             committed=self.committed * 0,
         )
 
 
 COUNTS = ("position", "origin", "commits", "committed")
 _INDEXED = 4096  # reads in a log of a memory from which on it is indexed
+
+
+def _at_most_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp(max=1) if isinstance(count, Tensor) else min(count, 1)
 
 
 def _where_read(slots: Tensor, own: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from fwpkm.ops.memory_read import memory_read
 from fwpkm.ops.memory_scan import memory_scan
 from fwpkm.ops.memory_write import memory_write_
 from fwpkm.ops.product_key_address import product_key_address
+from fwpkm.ops.product_key_scan import product_key_scan
 from fwpkm.ops.product_key_topk import product_key_topk
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "memory_scan",
     "memory_write_",
     "product_key_address",
+    "product_key_scan",
     "product_key_topk",
 ]

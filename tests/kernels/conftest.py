@@ -1,12 +1,18 @@
-"""Kernels run interpreted here, on CPU tensors. Triton decides that when it is imported."""
+"""Kernels run interpreted here, on CPU tensors. Triton decides that when it is imported, for the whole process: where
+there is a GPU, these tests run by themselves, ``TRITON_INTERPRET=1 make test ARGS=tests/kernels``.
+"""
 
 import os
 
 import pytest
+import torch
 
-os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_pycollect_makemodule() -> None:
-    """Skip what is here where there is no Triton (a hook: pytest takes no skip from the conftest itself)."""
+    """Skip what is here (a hook: pytest takes no skip from the conftest itself)."""
     pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled in this process: set TRITON_INTERPRET=1 to interpret them")
