@@ -32,6 +32,13 @@ GOOD = {
         "rate": 1.0,
         "score": "idw",
     },
+    ops.product_key_scan: {
+        "query": torch.randn(1, 2, 3, 1, 4),
+        "keys": torch.randn(1, 1, 2, 3, 2),
+        "k": 2,
+        "mask": torch.ones(1, 2, 3, dtype=torch.bool),
+        "rate": 1.0,
+    },
     ops.memory_read: {"values": VALUES, "slots": SLOTS, "weights": WEIGHTS},
     ops.memory_write_: {
         "values": VALUES,
@@ -51,6 +58,14 @@ GOOD = {
 }
 
 BAD = [
+    (ops.product_key_scan, {"query": torch.randn(1, 2, 1, 4)}, r"query.shape is \[1, 2, 1, 4\]; expected \[M, S, P, H"),
+    (ops.product_key_scan, {"k": 4}, r"k is 4; expected 1 <= k <= n_subkeys \(3\)"),
+    (ops.product_key_scan, {"eps": 0.0}, "eps is 0.0; expected a positive number"),
+    (ops.product_key_scan, {"score": "cos"}, "score is 'cos'; expected 'idw' or 'dot'"),
+    (ops.product_key_scan, {"mask": torch.ones(1, 2, 3)}, "mask.dtype is torch.float32; expected torch.bool"),
+    (ops.product_key_scan, {"mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask.shape is \[1, 3\]; expected \[1, 2, 3\]"),
+    (ops.product_key_scan, {"cut": torch.ones(1, 3, dtype=torch.bool)}, r"cut.shape is \[1, 3\]; expected \[1, 2\]"),
+    (ops.product_key_scan, {"query": torch.full((1, 2, 3, 1, 4), float("nan"))}, "query or keys holds NaN"),
     (ops.product_key_topk, {"sub_scores": torch.randn(2, 3, 4)}, "sub_scores.shape is .*; expected .*heads, 2, n_sub"),
     (
         ops.product_key_topk,

@@ -45,6 +45,13 @@ def key_commit_case(draw: Draw, tokens: int, score: str = "idw", masked: bool = 
     return Case(ops.key_commit, floats, {"sub_slots": sub_slots, "mask": mask, "rate": 0.7, "score": score})
 
 
+def key_scan_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = False, cut: bool = False) -> Case:
+    floats = {"query": draw.normal(M, S, tokens, H, 2 * HALF), "keys": draw.normal(1 if shared else M, H, 2, N_SUB, HALF)}
+    mask = draw.integers(4, M, S, tokens) > 0
+    others = {"k": TOPK, "mask": mask, "rate": 0.7, "score": score}
+    return Case(ops.product_key_scan, floats, others | {"cut": draw.integers(2, M, S).bool() if cut else None})
+
+
 def read_case(draw: Draw, tokens: int) -> Case:
     floats = {"values": draw.normal(N, DV), "weights": draw.normal(M, tokens, TOPK)}
     return Case(ops.memory_read, floats, {"slots": draw.integers(N, M, tokens, TOPK)})
@@ -105,6 +112,8 @@ CASES: dict[str, Callable[[Draw, int], Case]] = {
     "key_commit-dot": lambda d, t: key_commit_case(d, t, "dot"),
     "key_commit-masked": lambda d, t: key_commit_case(d, t, masked=True),
     "key_commit-shared": lambda d, t: key_commit_case(d, t, shared=True),
+    "product_key_scan": key_scan_case,
+    "product_key_scan-shared": lambda d, t: key_scan_case(d, t, "dot", shared=True),
     "memory_read": read_case,
     "memory_scan": scan_case,
     "memory_scan-log": lambda d, t: scan_case(d, t, log=True),

@@ -237,3 +237,39 @@ def test_a_write_between_read_and_backward():
     ops.memory_write_(inputs["values"], *write)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         read.sum().backward()
+
+
+@given(
+    seed=seeds,
+    memories=st.integers(1, 2),
+    steps=st.integers(0, 4),
+    tokens=st.integers(1, 5),
+    score=st.sampled_from(["idw", "dot"]),
+    shared=st.booleans(),
+    is_cut=st.booleans(),
+)
+def test_key_scan_is_address_and_commit_in_turn(seed, memories, steps, tokens, score, shared, is_cut):
+    """Outputs and gradients of the operator are those of its two parts, chunk after chunk, with keys detached at cuts."""
+    draw = Draw(seed)
+    query = draw.normal(memories, steps, tokens, 2, 6).requires_grad_()
+    keys = draw.normal(1 if shared else memories, 2, 2, 5, 3).requires_grad_()
+    mask = draw.integers(3, memories, steps, tokens) > 0
+    cut = draw.integers(2, memories, steps).bool() if is_cut else None
+    found, moved = [], keys.expand(memories, -1, -1, -1, -1)
+    for s in range(steps):
+        if cut is not None:
+            moved = torch.where(cut[:, s].view(-1, 1, 1, 1, 1), moved.detach(), moved)
+        found.append(ops.product_key_address(query[:, s], moved, 3, score))
+        moved = ops.key_commit(query[:, s], moved, *found[-1][2:], mask[:, s], 0.6, score)
+    have = ops.product_key_scan(query, keys, 3, mask, 0.6, score, cut=cut)
+    assert_close(have.keys, moved)
+    want = [torch.stack(parts, 1) for parts in zip(*found, strict=True)] if steps else []
+    for a, b in zip(have[:4], want, strict=bool(steps)):
+        assert_close(a, b)
+
+    def total(outputs):
+        return sum(x.sin().sum() for x in outputs if x.is_floating_point())
+
+    want_grads = torch.autograd.grad(total([*want, moved]), (query, keys), materialize_grads=True, allow_unused=True)
+    for a, b in zip(torch.autograd.grad(total(have), (query, keys)), want_grads, strict=True):
+        assert_close(a, b)
