@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -248,43 +249,47 @@ def operator_subjects(case: Case, inputs: Inputs) -> dict[str, Subject]:
     def scanned(values: Tensor, *floats: Tensor) -> Tensor:
         return ops.memory_scan(values, scan[0], *floats)
 
-    row, scan_floats = width * FLOAT, scan[1:]
-    scan_rows = int((slots + torch.arange(memories, device=flat.device).view(-1, 1, 1) * case.n_slots).unique().numel())
-    stored = memories * (steps - 1) * size * fanout
-    queries, sub_keys = tokens * case.heads * case.key_dim * FLOAT, inputs.keys.nbytes
+    row, entry = width * FLOAT, FLOAT + SLOT
+    own_slots = slots + torch.arange(memories, device=flat.device).view(-1, 1, 1) * case.n_slots
+    scan_rows, stored = int(own_slots.unique().numel()), memories * (steps - 1) * size * fanout
+    queries, sub_keys = query.numel() * FLOAT, inputs.keys.nbytes
     chosen = memories * size * case.heads * case.key_dim
-    compared = {
-        "address": (address, (query, keys), queries + sub_keys + 3 * entries * (FLOAT + SLOT), 2 * query.numel() * case.n_subkeys),
-        "top-k": (best, (sub_scores,), sub_scores.nbytes + entries // memories * (FLOAT + SLOT), 0),
-        "read": (read, (values, flat_weights), row * (rows + tokens) + entries * (FLOAT + SLOT), 2 * entries * width),
-        "key commit": (commit, (chunk_query, keys, found[2]), chosen * FLOAT + 2 * memories * sub_keys, 2 * chosen * case.topk),
-        "scan": (scanned, (values, *scan_floats), row * (2 * scan_rows + 2 * tokens) + 24 * entries, 2 * width * (entries + stored)),
-    }  # fmt: skip
+    read_bytes, write_bytes = row * (rows + tokens) + entries * entry, row * (2 * rows + tokens) + entries * entry
+    scan_bytes = row * (2 * scan_rows + 2 * tokens) + 2 * entries * entry
+    products, sums = 2 * query.numel() * case.n_subkeys, 2 * entries * width
+    # function, arguments, how many of the last of these get a gradient, bytes and operations, bytes of the backward
+    compared: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], int, int, int, int]] = [
+        ("address", address, (query, keys), 2, queries + sub_keys + 3 * entries * entry, products, 2 * queries),
+        ("top-k", best, (sub_scores,), 1, sub_scores.nbytes + entries // memories * entry, 0, sub_scores.nbytes),
+        ("read", read, (values, flat_weights), 1, read_bytes, sums, read_bytes),
+        ("key commit", commit, (chunk_query, keys, found[2]), 3, chosen * FLOAT + 2 * sub_keys * memories,
+         2 * chosen * case.topk, 2 * chosen * FLOAT + 3 * sub_keys * memories),
+        ("scan", scanned, (values, *scan[1:]), 4, scan_bytes, sums + 2 * stored * width,
+         row * (scan_rows + 4 * tokens)),
+    ]  # fmt: skip
     subjects_: dict[str, Subject] = {}
-    for name, (function, floats, moved, operations) in compared.items():
+    for name, function, floats, wanted, moved, operations, moved_back in compared:
         _compare(name, function, floats)
-        subjects_[name] = Subject(lambda f=function, x=floats: _no_grad(f, x), moved, operations)  # type: ignore[misc]
-        backward = _backward(function, floats[1:] if name in ("read", "scan") else floats, floats)
-        more = {"read": row * (rows + tokens) + entries * (FLOAT + SLOT), "scan": row * (scan_rows + 4 * tokens)}
-        subjects_[f"{name}, backward"] = Subject(backward, more.get(name, 2 * moved), 2 * operations)
+        subjects_[name] = Subject(partial(_no_grad, function, floats), moved, operations)
+        backward = _backward(function, floats, wanted)
+        subjects_[f"{name}, backward"] = Subject(backward, moved_back, 2 * operations)
     _compare("write", written, (values, coefficients, residuals))
-    target = values.clone()
-    moved = row * (2 * rows + tokens) + entries * (FLOAT + SLOT)
-    subjects_["write"] = Subject(
-        lambda: ops.memory_write_(target, flat, coefficients, residuals), moved, 2 * entries * width
-    )
-    index, bag = flat.flatten(), torch.nn.functional.embedding_bag
-    subjects_["read, embedding_bag"] = Subject(
-        lambda: bag(flat, values, per_sample_weights=flat_weights, mode="sum"), subjects_["read"].bytes, 0
-    )
-    subjects_["read, plain"] = Subject(
-        lambda: (values[flat] * flat_weights.unsqueeze(-1)).sum(1), subjects_["read"].bytes, 0
-    )
-    subjects_["write, index_add_"] = Subject(
-        lambda: target.index_add_(0, index, (coefficients.unsqueeze(-1) * residuals.unsqueeze(1)).flatten(0, 1)),
-        moved,
-        0,
-    )
+    target, index = values.clone(), flat.flatten()
+
+    def plain_write() -> Tensor:
+        return target.index_add_(0, index, (coefficients.unsqueeze(-1) * residuals.unsqueeze(1)).flatten(0, 1))
+
+    def plain_read() -> Tensor:
+        return (values[flat] * flat_weights.unsqueeze(-1)).sum(1)
+
+    def bag() -> Tensor:
+        return torch.nn.functional.embedding_bag(flat, values, per_sample_weights=flat_weights, mode="sum")
+
+    write = partial(ops.memory_write_, target, flat, coefficients, residuals)
+    subjects_["write"] = Subject(write, write_bytes, sums)
+    subjects_["write, index_add_"] = Subject(plain_write, write_bytes, sums)
+    subjects_["read, embedding_bag"] = Subject(bag, read_bytes, sums)
+    subjects_["read, plain"] = Subject(plain_read, read_bytes, sums)
     return subjects_
 
 
@@ -309,7 +314,7 @@ def whole_subjects(case: Case, inputs: Inputs) -> tuple[dict[str, Subject], dict
 
 def _both(runs: Mapping[str, subjects.Run]) -> dict[str, Subject]:
     return {
-        f"{name}, {what}": Subject(lambda r=r, backward=backward: r(backward), 0, 0)  # type: ignore[misc]
+        f"{name}, {what}": Subject(partial(r, backward), 0, 0)
         for name, r in runs.items()
         for what, backward in (("forward", False), ("forward + backward", True))
     }
@@ -320,12 +325,10 @@ def _no_grad(function: Callable[..., Tensor], floats: tuple[Tensor, ...]) -> Ten
         return function(*floats)
 
 
-def _backward(
-    function: Callable[..., Tensor], wanted: tuple[Tensor, ...], floats: tuple[Tensor, ...]
-) -> Callable[[], object]:
-    """The backward alone, to what is wanted of the arguments."""
-    leaves = [x.detach().requires_grad_() for x in wanted]
-    output = function(*floats[: len(floats) - len(leaves)], *leaves)
+def _backward(function: Callable[..., Tensor], floats: tuple[Tensor, ...], wanted: int) -> Callable[[], object]:
+    """The backward alone, to the last ``wanted`` of the arguments."""
+    leaves = [x.detach().requires_grad_() for x in floats[len(floats) - wanted :]]
+    output = function(*floats[: len(floats) - wanted], *leaves)
     cotangent = torch.randn_like(output)
     return lambda: torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)
 

@@ -12,26 +12,23 @@ from torch.profiler import ProfilerActivity, profile
 import fwpkm
 from benchmarks import subjects, timing, work
 from benchmarks.cases import Case, Inputs
-from fwpkm.ops import memory_read, memory_write_
+from fwpkm.ops import key_commit, memory_read, memory_write_, product_key_address
+from fwpkm.ops.product_key_address import by_codebook
 
-PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::mm", "aten::addmm")
 NAMESPACE = "fwpkm::"
 BREAKDOWN = 6  # ATen operators named for each of ours
 
 
 def measure(case: Case, inputs: Inputs, repeats: int, machine: timing.Machine) -> dict[str, Any]:
-    """Profile forward and backward, and time alone what the profiler cannot tell apart."""
+    """Profile forward and backward, and time parts alone."""
     run = subjects.memory_run(subjects.ours, inputs, case)
     alone = _alone(case, inputs)
     runs = machine.runs() | {"whole": lambda: run(True)} | alone
     seconds = timing.interleaved(runs, repeats)
     rates = machine.rates(seconds)
     operators = _profiled(run, repeats)
-    address = operators.get("product_key_address", {})
-    products = sum(address.get("aten", {}).get(name, 0.0) for name in PRODUCTS)
     now = {name: statistics.median(seconds[name]) for name in alone}
-    if address:
-        now |= {"scoring products": products, "top-k": address["seconds"] - products}
+    now["top-k"] = now.pop("address") - now["scoring products"]
     parts = []
     for part in work.parts(case):
         least = max(
@@ -46,7 +43,7 @@ def measure(case: Case, inputs: Inputs, repeats: int, machine: timing.Machine) -
 
 
 def _alone(case: Case, inputs: Inputs) -> dict[str, timing.Run]:
-    """The parts of the scan by themselves, at the addresses of these inputs, on the whole table of values."""
+    """The parts by themselves, at the addresses of these inputs, on the whole table of values; keys as they start."""
     with torch.no_grad():
         found = fwpkm.fast_weight_memory(inputs.query, inputs.target, inputs.gate, inputs.weights, case.config)
     slots, weights = found.slots.flatten(0, 1), found.weights.flatten(0, 1)
@@ -59,7 +56,27 @@ def _alone(case: Case, inputs: Inputs) -> dict[str, timing.Run]:
             part = slice(s * chunk, (s + 1) * chunk)
             memory_write_(values, slots[part], weights[part], target[part])
 
+    keys, size = inputs.weights.all_keys, case.chunk
+    chunks = [inputs.query[:, s * size : (s + 1) * size] for s in range(case.n_chunks)]
+    found_keys = [product_key_address(chunk, keys, case.topk) for chunk in chunks]
+    moved = [(chunk, keys, *selected[2:]) for chunk, selected in zip(chunks, found_keys, strict=True)][:-1]
+    halves = [by_codebook(chunk, True) for chunk in chunks]
+    grads = [(torch.randn_like(scores), torch.randn_like(sub)) for scores, _, sub, _ in found_keys]
+    grad_keys = torch.randn(case.batch, *keys.shape[1:])
+    addressed = list(zip(grads, chunks, found_keys, strict=True))
+
+    def address_backward() -> None:
+        for grad, chunk, (_, slots, sub_scores, sub_slots) in addressed:
+            torch.ops.fwpkm.product_key_address_backward(*grad, chunk, keys, slots, sub_scores, sub_slots, "idw")
+
     return {
+        "scoring products": lambda: [torch.bmm(half, keys.flatten(0, 2).mT) for half in halves],
+        "address": lambda: [product_key_address(chunk, keys, case.topk) for chunk in chunks],
+        "key commit": lambda: [key_commit(*chunk, None, 1.0) for chunk in moved],
+        "address, backward": address_backward,
+        "key commit, backward": lambda: [
+            torch.ops.fwpkm.key_commit_backward(grad_keys, *chunk, None, 1.0, "idw") for chunk in moved
+        ],
         "gather and sum": lambda: memory_read(values, slots, weights),
         "residual": lambda: gate * (target - output),
         "commit": commit,

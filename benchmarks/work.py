@@ -35,8 +35,8 @@ def parts(case: Case) -> list[Part]:
     product = 2 * case.heads * case.key_dim * case.n_subkeys
     selected = 2 * case.heads * case.key_dim * case.topk
     sub_scores = tokens * case.heads * 2 * case.n_subkeys * FLOAT
-    address, scan, commit = "product_key_address", "memory_scan", "key_commit"
     fast = case.key_update == "fast"
+    address, scan, commit = "product_key_scan" if fast else "product_key_address", "memory_scan", "product_key_scan"
     return [
         Part("scoring products", address, False, tokens * query + case.n_chunks * keys, tokens * product),
         Part("top-k", address, False, sub_scores + entries * (FLOAT + SLOT), 0),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import check, cpu, decode, peak, plain, released, subjects, tables, timing, work
+from benchmarks import check, cpu, decode, gpu, peak, plain, released, subjects, tables, timing, work
 from benchmarks.cases import MARGIN, Case, safe_inputs
 from tests.draws import Draw, seeds
 
@@ -247,3 +247,22 @@ def test_a_folder_without_the_released_code_is_refused(tmp_path, monkeypatch):
         released.folder()
     monkeypatch.delenv(released.VARIABLE)
     assert released.folder() is None
+
+
+def test_the_gpu_benchmark_runs_here_at_a_tiny_size():
+    """Operators and the whole memory, with what they are compared with; on the CPU, where figures mean nothing."""
+    settings = dataclasses.replace(gpu.QUICK, batches=(2,))
+    results = gpu.run(settings, torch.device("cpu"))
+    names = {row["name"] for row in results["rows"]}
+    for operator in ("address", "top-k", "read", "key commit", "scan"):
+        assert {operator, f"{operator}, backward"} <= names
+    assert {"write", "write, index_add_", "fast_weight_memory, forward + backward", "plain PyTorch, forward"} <= names
+    assert all(row["seconds"] > 0 for row in results["rows"])
+    assert gpu.table(results).row_count == len(names)
+
+
+def test_what_is_wrong_is_not_timed_on_a_gpu(monkeypatch):
+    right = gpu.ops.memory_read
+    monkeypatch.setattr(gpu.ops, "memory_read", lambda *x: right(*x) * (1.001 if x[0].dtype == torch.float32 else 1))
+    with pytest.raises(check.WrongResultError, match=r"read is off by 0\.001"):
+        gpu.run(gpu.QUICK, torch.device("cpu"))

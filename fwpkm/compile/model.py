@@ -13,8 +13,7 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 def compile_model(model: nn.Module, mode: str = "default", dynamic: bool | None = None) -> Any:
     """``model`` compiled by ``torch.compile`` as a single graph, for training and inference.
 
-    A model of any layout but ``"linear_attention"`` without its kernels compiles once for a shape, once more for lengths
-    and batches that vary, and not again.
+    It compiles once for a shape, once more for lengths and batches that vary, and not again.
 
     Args:
         model: a :class:`fwpkm.models.FwPKMForCausalLM`, or a module around the layers.

@@ -33,8 +33,7 @@ def read_columns(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Re
     reads, losses = [], ChunkLosses.none(state.values)
     for start, stop in ((0, first), (first, total)):
         if start < stop:
-            run = tokens.map(lambda x, part=slice(start, stop): x[:, part])  # type: ignore[misc]
-            read, state, loss = _read_run(state, run, training)
+            read, state, loss = _read_run(state, tokens.part(start, stop), training)
             reads.append(read)
             losses += loss
     return Read(*(x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*reads, strict=True))), state, losses

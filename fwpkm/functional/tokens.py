@@ -28,6 +28,11 @@ class Tokens(NamedTuple):
         mask = None if self.mask is None else change(self.mask)
         return Tokens(change(self.query), change(self.target), change(self.gate), mask)
 
+    def part(self, start: int, stop: int) -> Tokens:
+        """Those from ``start`` to ``stop``."""
+        query, target, gate = (x[:, start:stop] for x in self[:3])
+        return Tokens(query, target, gate, None if self.mask is None else self.mask[:, start:stop])
+
 
 class Read(NamedTuple):
     """What tokens read."""

@@ -53,7 +53,7 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
         key, value: ``[B, heads, S, d]``, ``S >= T`` tokens up to the same last one.
 
     Returns:
-        ``[B, heads, T, d]``, in blocks of ``window`` queries against the ``2 * window - 1`` keys they can see.
+        ``[B, heads, T, d]``, in blocks of ``window`` queries against ``2 * window`` keys.
     """
     batch, heads, length, _ = query.shape
     past = key.shape[2] - length
@@ -61,17 +61,18 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
         return scaled_dot_product_attention(query, key[:, :, -window:], value[:, :, -window:], scale=scale)
     blocks = -(-length // window)
     tail = blocks * window - length
-    reach = window - 1  # keys before a block's first query that it can see
     # Contiguous: what pads by nothing keeps strides that a graph made for other lengths does not expect.
     query = pad(query.contiguous(), (0, 0, 0, tail)).unflatten(2, (blocks, window))
-    key, value = (x[:, :, max(0, past - reach) :].contiguous() for x in (key, value))
-    key, value = (pad(x, (0, 0, max(0, reach - past), tail)) for x in (key, value))
-    # Block i sees the keys at i * window - reach .. i * window + window - 1. Blocks stand where heads usually do, and
-    # heads with the batch: [B * heads, blocks, window + reach, d] has the four dimensions that fused kernels take.
-    key, value = (x.unfold(2, window + reach, window).transpose(-1, -2).flatten(0, 1) for x in (key, value))
-    row, column = torch.arange(window, device=query.device)[:, None], torch.arange(window + reach, device=query.device)
-    visible = (column >= row) & (column <= row + reach)
-    exists = torch.arange(blocks, device=query.device)[:, None] * window + column >= reach - min(past, reach)
+    # Block i sees the keys of its own window and of the one before: positions (i - 1) * window to (i + 1) * window - 1.
+    # Blocks stand where heads usually do, and heads with the batch: [B * heads, blocks, 2 * window, d] has the four
+    # dimensions that fused kernels take.
+    known = min(past, window)
+    seen = (x[:, :, past - known :].contiguous() for x in (key, value))
+    windows = (pad(x, (0, 0, window - known, tail)).unflatten(2, (blocks + 1, window)) for x in seen)
+    key, value = (torch.cat((x[:, :, :-1], x[:, :, 1:]), 3).flatten(0, 1) for x in windows)
+    row, column = torch.arange(window, device=query.device)[:, None], torch.arange(2 * window, device=query.device)
+    visible = (column > row) & (column <= row + window)
+    exists = torch.arange(blocks, device=query.device)[:, None] * window + column >= window - known
     mask = visible & exists[:, None, :]
     out = scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=mask.unsqueeze(0), scale=scale)
     return out.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]

@@ -363,11 +363,12 @@ class MemoryState:
 
         It looks at sizes only. The open chunk's records stay.
         """
-        dense_bytes = self.memories * self.n_slots * self.values[:1].nbytes
-        if self.log is None or self.log.nbytes <= dense_bytes:
+        if self.log is None:
             return self
         recorded = self.log.coefficients.requires_grad or self.log.residuals.requires_grad
         if recorded or (self.values.requires_grad and torch.is_grad_enabled()):  # a parameter always requires it
+            return self
+        if self.log.nbytes <= self.memories * self.n_slots * self.values[:1].nbytes:
             return self
         if self.ragged:
             kept = max(1, self.config.chunk_size - 1)

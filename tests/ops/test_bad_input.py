@@ -63,8 +63,12 @@ BAD = [
     (ops.product_key_scan, {"eps": 0.0}, "eps is 0.0; expected a positive number"),
     (ops.product_key_scan, {"score": "cos"}, "score is 'cos'; expected 'idw' or 'dot'"),
     (ops.product_key_scan, {"mask": torch.ones(1, 2, 3)}, "mask.dtype is torch.float32; expected torch.bool"),
-    (ops.product_key_scan, {"mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask.shape is \[1, 3\]; expected \[1, 2, 3\]"),
-    (ops.product_key_scan, {"cut": torch.ones(1, 3, dtype=torch.bool)}, r"cut.shape is \[1, 3\]; expected \[1, 2\]"),
+    (
+        ops.product_key_scan,
+        {"mask": torch.ones(1, 3, dtype=torch.bool)},
+        r"mask.shape is \[1, 3\]; expected \[1, 2, 3\]",
+    ),
+    (ops.product_key_scan, {"cut": torch.ones(1, 3).bool()}, r"cut.shape is \[1, 3\]; expected \[1, 2\]"),
     (ops.product_key_scan, {"query": torch.full((1, 2, 3, 1, 4), float("nan"))}, "query or keys holds NaN"),
     (ops.product_key_topk, {"sub_scores": torch.randn(2, 3, 4)}, "sub_scores.shape is .*; expected .*heads, 2, n_sub"),
     (

@@ -46,7 +46,10 @@ def key_commit_case(draw: Draw, tokens: int, score: str = "idw", masked: bool = 
 
 
 def key_scan_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = False, cut: bool = False) -> Case:
-    floats = {"query": draw.normal(M, S, tokens, H, 2 * HALF), "keys": draw.normal(1 if shared else M, H, 2, N_SUB, HALF)}
+    floats = {
+        "query": draw.normal(M, S, tokens, H, 2 * HALF),
+        "keys": draw.normal(1 if shared else M, H, 2, N_SUB, HALF),
+    }
     mask = draw.integers(4, M, S, tokens) > 0
     others = {"k": TOPK, "mask": mask, "rate": 0.7, "score": score}
     return Case(ops.product_key_scan, floats, others | {"cut": draw.integers(2, M, S).bool() if cut else None})

@@ -249,7 +249,7 @@ def test_a_write_between_read_and_backward():
     is_cut=st.booleans(),
 )
 def test_key_scan_is_address_and_commit_in_turn(seed, memories, steps, tokens, score, shared, is_cut):
-    """Outputs and gradients of the operator are those of its two parts, chunk after chunk, with keys detached at cuts."""
+    """Outputs and gradients of the operator are those of its two parts in turn, with keys detached at cuts."""
     draw = Draw(seed)
     query = draw.normal(memories, steps, tokens, 2, 6).requires_grad_()
     keys = draw.normal(1 if shared else memories, 2, 2, 5, 3).requires_grad_()
