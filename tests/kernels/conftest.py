@@ -1,14 +1,10 @@
-"""Kernels run interpreted here, on CPU tensors. Triton decides that when it is imported, for the whole process: where
-there is a GPU, these tests run by themselves, ``TRITON_INTERPRET=1 make test ARGS=tests/kernels``.
+"""Kernels run interpreted here, on CPU tensors. Triton decides that for the whole process: where there is a GPU, these
+tests run by themselves, ``TRITON_INTERPRET=1 make test ARGS=tests/kernels``.
 """
 
 import os
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_pycollect_makemodule() -> None:
