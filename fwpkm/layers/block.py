@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM, LayerResult, LayerState
+from fwpkm.layers.mixers import FLASH_LINEAR, FlashLinearAttention
 from fwpkm.layers.pkm import ProductKeyMemory
 
 
@@ -21,8 +22,9 @@ class BlockResult(NamedTuple):
 class DecoderBlock(GradientCheckpointingLayer):
     """A token mixer and an MLP, each after a norm and added to its input, with, optionally, a memory before them.
 
-    The mixer is Qwen3's attention or, for ``"linear_attention"``, a :class:`GatedDeltaNet`; in the blocks of
-    ``config.pkm_layers`` a :class:`ProductKeyMemory` stands in the place of the MLP.
+    The mixer is Qwen3's attention, a :class:`GatedDeltaNet` for ``"linear_attention"``, or for ``"fla:<layer>"`` one of
+    flash-linear-attention; in the blocks of ``config.pkm_layers`` a :class:`ProductKeyMemory` stands in the place of
+    the MLP.
 
     Args:
         config: a :class:`fwpkm.models.FwPKMConfig`.
@@ -32,10 +34,9 @@ class DecoderBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: Any, layer_idx: int, memory: FwPKM | None = None) -> None:
         super().__init__()
-        linear = config.layer_types[layer_idx] == "linear_attention"
         self.memory = memory
         self.mixer_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = (GatedDeltaNet if linear else Qwen3Attention)(config, layer_idx)
+        self.mixer = _mixer(config, layer_idx)
         self.mlp_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _product_key_memory(config) if layer_idx in config.pkm_layers else Qwen3MLP(config)
 
@@ -64,12 +65,21 @@ class DecoderBlock(GradientCheckpointingLayer):
             result = self.memory.read_and_write(hidden, memory_state, mask, starts)
             hidden = result.hidden
         mixed = self.mixer_norm(hidden)
-        if isinstance(self.mixer, GatedDeltaNet):
+        if isinstance(self.mixer, GatedDeltaNet | FlashLinearAttention):
             mixed = self.mixer(mixed, past_key_values, mask, starts)
         else:
             mixed = self.mixer(mixed, past_key_values=past_key_values, **attention)[0]
         hidden = hidden + mixed
         return BlockResult(hidden + self.mlp(self.mlp_norm(hidden)), result)
+
+
+def _mixer(config: Any, layer_idx: int) -> nn.Module:
+    kind = config.layer_types[layer_idx]
+    if kind.startswith(FLASH_LINEAR):
+        options = (config.fla_options or {}).get(kind.removeprefix(FLASH_LINEAR), {})
+        return FlashLinearAttention(kind, config.hidden_size, layer_idx, **options)
+    mixer: nn.Module = (GatedDeltaNet if kind == "linear_attention" else Qwen3Attention)(config, layer_idx)
+    return mixer
 
 
 def _product_key_memory(config: Any) -> ProductKeyMemory:

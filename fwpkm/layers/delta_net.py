@@ -7,13 +7,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    Qwen3NextGatedDeltaNet,
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from fwpkm.layers.convolution import causal_convolution
+from fwpkm.ops import gated_delta_rule
 
 # The logarithm of the decay where a sequence begins: exp(-128) is 0 in float32.
 FORGET = -128.0
@@ -23,8 +20,8 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
     """Gated delta net (Yang et al. 2024, "Gated Delta Networks") with the modules of transformers' Qwen3-Next.
 
     Its forward differs in what a sequence is: it may come in any number of calls of any length, skip masked tokens
-    wherever they are, and share a row with others. The delta rule is transformers', which takes the kernels of
-    flash-linear-attention where that is installed, and torch operators elsewhere.
+    wherever they are, and share a row with others. The delta rule is :func:`fwpkm.ops.gated_delta_rule`, one operator
+    for any length.
     """
 
     def reset_parameters(self) -> None:
@@ -57,8 +54,7 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
         x = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
         x, past = causal_convolution(x, self.conv1d.weight.squeeze(1).to(x.dtype), past, attention_mask, starts)
         parts = ACT2FN[self.activation](x).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
-        heads = self.num_v_heads // self.num_k_heads
-        query, key = (part.unflatten(-1, (self.num_k_heads, -1)).repeat_interleave(heads, dim=2) for part in parts[:2])
+        query, key = (part.unflatten(-1, (self.num_k_heads, -1)) for part in parts[:2])
         value = parts[2].unflatten(-1, (self.num_v_heads, -1))
 
         beta = b.sigmoid()
@@ -69,17 +65,7 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
             beta, decay = beta.masked_fill(masked, 0), decay.masked_fill(masked, 0)
         if starts is not None:
             decay = decay.masked_fill(starts.unsqueeze(-1), FORGET)
-        rule = torch_recurrent_gated_delta_rule if x.shape[1] == 1 else torch_chunk_gated_delta_rule
-        out, state = rule(
-            query,
-            key,
-            value,
-            g=decay,
-            beta=beta,
-            initial_state=state,
-            output_final_state=cache_params is not None,
-            use_qk_l2norm_in_kernel=True,
-        )
+        out, state = gated_delta_rule(query, key, value, decay, beta, state)
         if cache_params is not None:
             # transformers keeps `width` inputs, one more than needed.
             cache_params.update_conv_state(pad(past.mT, (1, 0)), self.layer_idx)

@@ -1,9 +1,12 @@
-"""Token mixers: transformers' attention, full or sliding-window, the latter in time proportional to the window.
+"""Token mixers: transformers' attention, full or sliding-window, the latter in time proportional to the window; and the
+layers of flash-linear-attention.
 
 Importing this module registers the attention implementation ``"windowed_sdpa"`` with transformers: ``"sdpa"``, except
 that an unpadded sliding window is computed block by block instead of as a mask over the whole context.
 """
 
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fwpkm.checks import require
+
 WINDOWED = "windowed_sdpa"
+FLASH_LINEAR = "fla:"  # how a layer type that names a layer of flash-linear-attention begins
 
 
 def windowed_attention_forward(
@@ -76,6 +82,53 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
     mask = visible & exists[:, None, :]
     out = scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=mask.unsqueeze(0), scale=scale)
     return out.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
+
+
+class FlashLinearAttention(nn.Module):
+    """A layer of flash-linear-attention, by its name in ``fla.layers``. Its kernels need a GPU.
+
+    It reads whole sequences, one a row, and skips masked tokens; a cache and several sequences in a row are refused.
+
+    Args:
+        kind: ``"fla:<layer>"``, a layer that mixes hidden states alone (and not, say, with those of another layer).
+        hidden_size: of the layer.
+        layer_idx: which block this is, for the layers that ask.
+        options: further arguments of the layer.
+
+    Raises:
+        RuntimeError: if flash-linear-attention cannot be imported.
+        ValueError: if it has no such layer.
+    """
+
+    def __init__(self, kind: str, hidden_size: int, layer_idx: int, **options: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        try:
+            layers = import_module("fla.layers")
+        except ImportError as error:
+            raise RuntimeError(
+                f"layer type {kind!r} is a layer of flash-linear-attention, which cannot be imported ({error}):"
+                " pip install 'fwpkm[fla]'"
+            ) from error
+        layer: Any = getattr(layers, kind.removeprefix(FLASH_LINEAR), None)
+        found = isinstance(layer, type) and issubclass(layer, nn.Module)
+        require(found, "layer_types", repr(kind), "a layer of fla.layers after {!r}", FLASH_LINEAR)
+        if "layer_idx" in signature(layer).parameters:
+            options["layer_idx"] = layer_idx
+        self.layer = layer(hidden_size=hidden_size, **options)
+
+    def forward(
+        self, hidden: Tensor, cache: Any = None, mask: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        """Mix ``[B, T, D]``; ``mask [B, T]`` is false at tokens to skip.
+
+        Raises:
+            ValueError: for a cache, or for ``starts``.
+        """
+        require(cache is None, "past_key_values", type(cache).__name__, "None: {} keeps no state of ours", self.kind)
+        require(starts is None, "starts", "given", "None: {} takes one sequence a row", self.kind)
+        out = self.layer(hidden, attention_mask=None if mask is None else mask.int())
+        return out[0] if isinstance(out, tuple) else out
 
 
 AttentionInterface.register(WINDOWED, windowed_attention_forward)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from fwpkm.checks import require
 from fwpkm.layers.fwpkm import LayerState
+from fwpkm.layers.mixers import FLASH_LINEAR
 from fwpkm.models.configuration import FwPKMConfig
 
 
@@ -21,6 +22,9 @@ class FwPKMCache(DynamicCache):
     """
 
     def __init__(self, config: FwPKMConfig) -> None:
+        for kind in config.layer_types or ():
+            known = not kind.startswith(FLASH_LINEAR)
+            require(known, "use_cache", True, "False with layer type {!r}, which keeps no state of ours", kind)
         super().__init__(config=config)
         self.memories: dict[int, LayerState] = {}
         self.tokens = 0

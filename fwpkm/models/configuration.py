@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from fwpkm.checks import require, require_choice
-from fwpkm.layers.mixers import WINDOWED
+from fwpkm.layers.mixers import FLASH_LINEAR, WINDOWED
 from fwpkm.memory import MemoryConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
@@ -35,11 +35,12 @@ class FwPKMConfig(PreTrainedConfig):
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, tie_word_embeddings, rope_parameters,
         attention_bias, attention_dropout, use_cache: as in ``transformers.Qwen3Config``.
-        layer_types: ``"full_attention"``, ``"sliding_attention"`` or ``"linear_attention"`` (a gated delta net) for
-            each block; all full by default.
+        layer_types: ``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` (a gated delta net) or
+            ``"fla:<layer>"``, a layer of flash-linear-attention, for each block; all full by default.
         sliding_window: tokens that a sliding-window block sees, the current one included.
         linear_num_key_heads, linear_num_value_heads (a multiple of it), linear_key_head_dim, linear_value_head_dim,
         linear_conv_kernel_dim: of linear attention, as in ``transformers.Qwen3NextConfig``.
+        fla_options: further arguments of flash-linear-attention's layers, by the layer's name.
         fwpkm_layers: blocks with a memory before their attention.
         fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in
         :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_log_dtype: as in :class:`fwpkm.MemoryConfig`.
@@ -75,6 +76,7 @@ class FwPKMConfig(PreTrainedConfig):
     linear_key_head_dim: int = 128
     linear_value_head_dim: int = 128
     linear_conv_kernel_dim: int = 4
+    fla_options: dict[str, dict[str, Any]] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -118,8 +120,16 @@ class FwPKMConfig(PreTrainedConfig):
         self.pkm_layers = self.pkm_layers or []
         blocks = self.num_hidden_layers
         require(len(self.layer_types) == blocks, "layer_types", self.layer_types, "one for each of {} blocks", blocks)
+        named = [kind.removeprefix(FLASH_LINEAR) for kind in self.layer_types if kind.startswith(FLASH_LINEAR)]
         for kind in self.layer_types:
-            require_choice("layer_types", kind, LAYER_TYPES)
+            if not kind.startswith(FLASH_LINEAR):
+                require_choice("layer_types", kind, (*LAYER_TYPES, f"{FLASH_LINEAR}<layer>"))
+        for name in named:
+            require(
+                name.isidentifier(), "layer_types", repr(FLASH_LINEAR + name), "a layer's name after {!r}", FLASH_LINEAR
+            )
+        for name in self.fla_options or {}:
+            require(name in named, "fla_options", name, "a layer that layer_types names: {}", named or "none")
         sliding = "sliding_attention" in self.layer_types
         require(not sliding or bool(self.sliding_window), "sliding_window", self.sliding_window, "a number of tokens")
         for name in ("fwpkm_layers", "pkm_layers"):
@@ -138,6 +148,9 @@ class FwPKMConfig(PreTrainedConfig):
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = WINDOWED
         super().__post_init__(**kwargs)
+
+    def validate_layer_type(self) -> None:
+        """Nothing that is not checked already: transformers' own knows none but its own layer types."""
 
     def memory_config(self) -> MemoryConfig:
         """The :class:`fwpkm.MemoryConfig` of the memory layers."""

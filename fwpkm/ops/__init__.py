@@ -3,6 +3,7 @@
 from fwpkm.ops._implementation import implementation
 from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
+from fwpkm.ops.gated_delta_rule import gated_delta_rule
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.memory_read import memory_read
 from fwpkm.ops.memory_scan import memory_scan
@@ -15,6 +16,7 @@ __all__ = [
     "IndexedLog",
     "Level",
     "Log",
+    "gated_delta_rule",
     "implementation",
     "key_commit",
     "memory_read",

@@ -19,6 +19,8 @@ LOG = Log(
     lengths=torch.tensor([5]),
     lookahead=1,
 )
+HEADS = {"query": (2, 3, 1, 4), "key": (2, 3, 1, 4), "value": (2, 3, 2, 5), "decay": (2, 3, 2), "beta": (2, 3, 2)}
+RULE = {name: torch.randn(*shape) for name, shape in HEADS.items()}
 
 GOOD = {
     ops.product_key_topk: {"sub_scores": SUB_SCORES, "k": 2},
@@ -39,6 +41,7 @@ GOOD = {
         "mask": torch.ones(1, 2, 3, dtype=torch.bool),
         "rate": 1.0,
     },
+    ops.gated_delta_rule: RULE | {"initial_state": torch.randn(2, 2, 4, 5)},
     ops.memory_read: {"values": VALUES, "slots": SLOTS, "weights": WEIGHTS},
     ops.memory_write_: {
         "values": VALUES,
@@ -105,6 +108,21 @@ BAD = [
     (ops.key_commit, {"mask": torch.ones(2, 2).bool()}, r"mask.shape is \[2, 2\]; expected \[2, 3\]"),
     (ops.key_commit, {"mask": torch.ones(2, 3)}, "mask.dtype is torch.float32; expected torch.bool"),
     (ops.key_commit, {"score": "l1"}, "score is 'l1'; expected 'idw' or 'dot'"),
+    (ops.gated_delta_rule, {"query": RULE["query"][0]}, r"query.shape is \[3, 1, 4\]; expected \[B, T, Hk, Dk\]"),
+    (ops.gated_delta_rule, {"query": RULE["query"].int()}, "query.dtype is torch.int32; expected torch.float32"),
+    (ops.gated_delta_rule, {"key": RULE["key"][..., :3]}, r"key.shape is .*; expected \[2, 3, 1, 4\]"),
+    (ops.gated_delta_rule, {"key": RULE["key"].half()}, "key.dtype is torch.float16; expected torch.float32"),
+    (ops.gated_delta_rule, {"value": RULE["value"][:, :2]}, r"value.shape is .*; expected \[2, 3, H, Dv\]"),
+    (
+        ops.gated_delta_rule,
+        {"query": torch.randn(2, 3, 4, 4), "key": torch.randn(2, 3, 4, 4)},
+        r"value.shape\[2\] is 2; expected a multiple of 4 key heads",
+    ),
+    (ops.gated_delta_rule, {"decay": RULE["decay"][..., :1]}, r"decay.shape is \[2, 3, 1\]; expected \[2, 3, 2\]"),
+    (ops.gated_delta_rule, {"decay": RULE["decay"].double()}, "decay.dtype is torch.float64; expected torch.float32"),
+    (ops.gated_delta_rule, {"beta": RULE["beta"][:, :1]}, r"beta.shape is \[2, 1, 2\]; expected \[2, 3, 2\]"),
+    (ops.gated_delta_rule, {"initial_state": torch.randn(2, 2, 5, 4)}, r"initial_state.shape is .*\[2, 2, 4, 5\]"),
+    (ops.gated_delta_rule, {"initial_state": torch.randn(2, 2, 4, 5).half()}, "initial_state.dtype is torch.float16"),
     (ops.memory_read, {"values": VALUES[0]}, r"values.shape is \[3\]; expected \[N, Dv\]"),
     (ops.memory_read, {"values": VALUES.half()}, "values.dtype is torch.float16; expected torch.float32"),
     (ops.memory_read, {"slots": SLOTS.int()}, "slots.dtype is torch.int32; expected torch.int64"),

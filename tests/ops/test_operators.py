@@ -55,6 +55,20 @@ def key_scan_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = Fa
     return Case(ops.product_key_scan, floats, others | {"cut": draw.integers(2, M, S).bool() if cut else None})
 
 
+def delta_rule_case(draw: Draw, tokens: int, fresh: bool = False) -> Case:
+    """Of two heads that share their keys."""
+    floats = {
+        "query": draw.normal(M, tokens, 1, HALF + 1),
+        "key": draw.normal(M, tokens, 1, HALF + 1),
+        "value": draw.normal(M, tokens, H, DV),
+        "decay": -draw.uniform(M, tokens, H),
+        "beta": draw.uniform(M, tokens, H),
+    }
+    if not fresh:
+        floats["initial_state"] = draw.normal(M, H, HALF + 1, DV)
+    return Case(ops.gated_delta_rule, floats, {})
+
+
 def read_case(draw: Draw, tokens: int) -> Case:
     floats = {"values": draw.normal(N, DV), "weights": draw.normal(M, tokens, TOPK)}
     return Case(ops.memory_read, floats, {"slots": draw.integers(N, M, tokens, TOPK)})
@@ -117,6 +131,8 @@ CASES: dict[str, Callable[[Draw, int], Case]] = {
     "key_commit-shared": lambda d, t: key_commit_case(d, t, shared=True),
     "product_key_scan": key_scan_case,
     "product_key_scan-shared": lambda d, t: key_scan_case(d, t, "dot", shared=True),
+    "gated_delta_rule": delta_rule_case,
+    "gated_delta_rule-fresh": lambda d, t: delta_rule_case(d, t, fresh=True),
     "memory_read": read_case,
     "memory_scan": scan_case,
     "memory_scan-log": lambda d, t: scan_case(d, t, log=True),
