@@ -54,7 +54,7 @@ def causal_convolution(
         sequence = None if sequence is None else sequence.gather(1, order)
     if sequence is None:
         # As an image of one row in channels-last layout, which a depthwise convolution reads without a transposition.
-        image, kernel = rearrange(x, "b t d -> b d 1 t"), rearrange(weight, "d w -> d 1 1 w")
+        image, kernel = rearrange(x, "b t d -> b d 1 t"), weight[:, None, None]
         y = rearrange(nn.functional.conv2d(image, kernel, groups=x.shape[2]), "b d 1 t -> b t d")
         past = x[:, length:]
     else:

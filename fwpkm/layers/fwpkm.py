@@ -16,6 +16,7 @@ from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
 from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.changes import Changes
 from fwpkm.memory.packing import last, rows, unmasked_first
 
 
@@ -107,7 +108,8 @@ class FwPKM(MemoryWeights):
         self.query_conv = CausalConvolution(hidden_size, query_conv) if query_conv else None
         self.gate_conv = CausalConvolution(hidden_size, query_conv) if query_conv else None
 
-        self.pending: MemoryState | None = None
+        self.pending: Changes | None = None
+        self.discard()
         self.register_state_dict_pre_hook(lambda *_: self.commit())
         self.register_load_state_dict_pre_hook(lambda *_: self.discard())
 
@@ -169,7 +171,7 @@ class FwPKM(MemoryWeights):
             training=self.training,
         )
         if persists:
-            self.pending = result.state.detach()
+            self.pending = result.state.changes()
         weight = gate.unsqueeze(-1)
         mixed = weight * result.output + (1 - weight) * target
         hidden = hidden + self.output(self.output_norm(mixed.to(hidden.dtype)))
@@ -178,13 +180,14 @@ class FwPKM(MemoryWeights):
     def commit(self) -> None:
         """Write what the last training forward stored in the ``shared`` memory into ``keys`` and ``values``."""
         if self.pending is not None:
-            here = FastWeights(self.keys.detach(), self.values.detach())
-            dataclasses.replace(self.pending, base=here).write_back()
-        self.pending = None
+            self.pending.apply_(FastWeights(self.keys.detach(), self.values.detach()))
+        self.discard()
 
     def discard(self) -> None:
         """Forget what the last training forward stored in the ``shared`` memory."""
-        self.pending = None
+        if self.config.scope == "shared":  # a graph takes one number of rows for another, but not None
+            weights = FastWeights(self.keys.detach(), self.values.detach())
+            self.pending = Changes.none(weights, self.heads * self.config.topk)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FwPKM:
         self.commit()  # where the fast weights still are

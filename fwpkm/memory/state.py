@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from fwpkm.checks import require, require_choice, require_shape
 from fwpkm.memory.appendable import Appendable, surely
+from fwpkm.memory.changes import Changes
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import relative_write_scale, residual_dtype, weights_of
@@ -199,20 +200,26 @@ class MemoryState:
             memory_write_(values, *self.log.writes(self.per_memory(self.committed), self.n_slots))
         return values
 
+    def changes(self) -> Changes:
+        """What this state (``M = 1``) has committed, as changes of its starting point.
+
+        Raises:
+            ValueError: for a state of several memories.
+        """
+        require(self.memories == 1, "memories", self.memories, "1: a starting point is written by one memory")
+        state = self.detach()
+        log = state.log
+        writes = None if log is None else log.writes(state.per_memory(state.committed), state.n_slots)
+        keys = None if self.config.key_update == "slow" else state.keys  # slow: a parameter, that no commit moves
+        return Changes(writes, keys, state.own_values)
+
     def write_back(self) -> None:
         """Write what this state (``M = 1``) has committed into the starting point that it refers to, in place.
 
         Only the rows that were written to change, and keys if they have moved. Other states that started there are
         worth nothing afterwards.
         """
-        require(self.memories == 1, "memories", self.memories, "1: a starting point is written by one memory")
-        keys, values = self.base.all_keys.detach(), self.base.values.detach()
-        if self.own_values is not None:
-            values.copy_(self.own_values)
-        if self.log is not None:
-            memory_write_(values, *self.log.detach().writes(self.per_memory(self.committed), self.n_slots))
-        if self.config.key_update != "slow":  # a parameter, that no commit moves
-            keys.copy_(self.keys.detach())
+        self.changes().apply_(self.base)
 
     def select(self, indices: Tensor | Sequence[int]) -> MemoryState:
         """The memories ``indices`` (of the ``sequence`` scope; repeated ones as often as named), as a beam search does.
