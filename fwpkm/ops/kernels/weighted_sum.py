@@ -45,7 +45,7 @@ def _kernel(
 def weighted_sum(out: Tensor, table: Tensor, index: Tensor, weights: Tensor) -> None:
     """Write the sums of ``table [R, D]`` at ``index [P, K]`` to ``out [P, D]``, all contiguous.
 
-    An index outside ``[0, R)``, such as -1, adds nothing. Table and ``out`` may be float32, bfloat16 or float16.
+    An index outside ``[0, R)``, such as -1, adds nothing. Table, weights and ``out`` are float32, bfloat16 or float16.
     """
     tokens, fanout = index.shape
     if out.numel() == 0:
@@ -76,12 +76,13 @@ def forms() -> list[Form]:
     return [
         _form("paper", 512, 8),
         _form("bfloat16", 512, 8, table="*bf16", out="*bf16"),
+        _form("bfloat16-weights", 512, 8, out="*bf16", weights="*bf16"),
         _form("odd", 129, 8),
         _form("wide", 2048, 128),
     ]
 
 
-def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "*fp32") -> Form:
+def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "*fp32", weights: str = "*fp32") -> Form:
     columns = Columns.of(width, 4 if table == "*fp32" else 2)
     return Form(
         name=name,
@@ -90,7 +91,7 @@ def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "
             "out": out,
             "table": table,
             "index": "*i64",
-            "weights": "*fp32",
+            "weights": weights,
             "rows": "i32",
             "fanout": "i32",
             "units": "i32",
