@@ -251,6 +251,19 @@ def test_strided_inputs_give_the_same(make):
 
 
 @in_any_dtype
+def test_autocast_changes_nothing(make):
+    """An operator computes in what its arguments are, forward and backward."""
+    case, found = make(Draw(7, torch.float32), P), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            floats = with_gradient(case)
+            outputs = case(*floats)
+            total = sum(x.sin().sum() for x in floating(outputs))
+            found.append([*outputs, *torch.autograd.grad(total, floats)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@in_any_dtype
 @pytest.mark.unpoisoned
 def test_bitwise_deterministic(make):
     case = make(Draw(3, torch.float32), 64)
