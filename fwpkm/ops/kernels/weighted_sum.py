@@ -1,7 +1,7 @@
 """Weighted sums of table rows: ``out[p] = sum_j weights[p, j] * table[index[p, j]]``.
 
-One program a token and block of columns: it loads the rows of ``UNROLL`` entries at once, adds them, times their
-weights, in float32 and in the order of the entries, and stores the sum in the dtype of ``out``.
+One program a token and block of columns: it loads its rows as tiles of ``UNROLL`` entries, so that the loads of a tile
+are under way together, adds them up, times their weights, in float32, and stores the sum in the dtype of ``out``.
 
 Bytes moved: ``P K`` rows of the table read, ``P`` rows of ``out`` written, and ``P K`` indices and weights read.
 """
@@ -29,17 +29,17 @@ def _kernel(
     token = tl.program_id(0).to(tl.int64)
     width = units * UNIT
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    inside = columns < width
+    sums = tl.zeros([UNROLL, BLOCK], tl.float32)
     for first in range(0, fanout, UNROLL):
-        for j in tl.static_range(UNROLL):
-            entry = first + j
-            row = tl.load(index + token * fanout + entry, mask=entry < fanout, other=-1).to(tl.int64)
-            weight = tl.load(weights + token * fanout + entry, mask=entry < fanout, other=0.0).to(tl.float32)
-            there = (row >= 0) & (row < rows)
-            inside_row = columns < tl.where(there, width, 0)
-            values = tl.load(table + row * width + columns, mask=inside_row, other=0.0).to(tl.float32)
-            total += tl.where(there, weight, 0.0) * values
-    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
+        entries = first + tl.arange(0, UNROLL)
+        row = tl.load(index + token * fanout + entries, mask=entries < fanout, other=-1).to(tl.int64)
+        weight = tl.load(weights + token * fanout + entries, mask=entries < fanout, other=0.0).to(tl.float32)
+        there = (row >= 0) & (row < rows)
+        at = row[:, None] * width + columns[None, :]
+        values = tl.load(table + at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        sums += tl.where(there, weight, 0.0)[:, None] * values
+    tl.store(out + token * width + columns, tl.sum(sums, 0).to(out.dtype.element_ty), mask=inside)
 
 
 def weighted_sum(out: Tensor, table: Tensor, index: Tensor, weights: Tensor) -> None:
