@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from fwpkm import ops
 from tests.draws import Draw
 from tests.ops.test_half_precision import results, scan_inputs
-from tests.ops.test_operators import DV, HALF_CASES, TOPK, Case, N, P, halved, opcheck, spread
+from tests.ops.test_operators import DV, TOPK, Case, N, P, halved
 
 HALVES = (torch.bfloat16, torch.float16)
 in_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
@@ -87,11 +87,6 @@ def test_as_the_cpu_operator(kind, dtype, monkeypatch):
         assert_close(a, b, rtol=tolerance, atol=float(tolerance * b.detach().abs().max()))
     if dtype == torch.float16:
         assert torch.equal(have[0], want[0])
-
-
-@pytest.mark.parametrize("name", [name for name in HALF_CASES if name.startswith("memory")])
-def test_opcheck(name):
-    opcheck(spread(HALF_CASES[name](Draw(5, torch.float32), 2)), requires_grad=True)
 
 
 @in_half
