@@ -278,7 +278,7 @@ def test_bitwise_deterministic(make):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@in_any_dtype
+@every_operator
 def test_one_graph_for_every_length(make):
     """Forward and backward in one graph, compiled once for lengths that differ."""
     compiled = None
