@@ -41,6 +41,11 @@ def require_fast_weight_dtype(argument: str, tensor: Tensor) -> None:
     require_dtype(argument, tensor, torch.float32, torch.float64)
 
 
+def require_input_dtype(argument: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """What comes in has the ``dtype`` of the fast weights, or half precision, and is converted where it is loaded."""
+    require_dtype(argument, tensor, dtype, torch.bfloat16, torch.float16)
+
+
 def require_slots(argument: str, slots: Tensor, n_slots: int) -> None:
     """Check on the CPU that every slot lies in ``[0, n_slots)``; never called where it would wait for a GPU."""
     if slots.numel():

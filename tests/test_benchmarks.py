@@ -254,7 +254,8 @@ def test_the_gpu_benchmark_runs_here_at_a_tiny_size():
     settings = dataclasses.replace(gpu.QUICK, batches=(2,))
     results = gpu.run(settings, torch.device("cpu"))
     names = {row["name"] for row in results["rows"]}
-    for operator in ("address", "top-k", "read", "key commit", "scan"):
+    half = ("address, bfloat16 query", "read, bfloat16 weights")
+    for operator in ("address", "top-k", "read", "key commit", "scan", *half):
         assert {operator, f"{operator}, backward"} <= names
     assert {"write", "write, index_add_", "fast_weight_memory, forward + backward", "plain PyTorch, forward"} <= names
     assert all(row["seconds"] > 0 for row in results["rows"])

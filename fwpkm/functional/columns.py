@@ -192,6 +192,8 @@ def _address(state: MemoryState, tokens: Tokens, run: Tokens, exists: Tensor | N
         found = product_key_scan(run.query, keys, config.topk, commits, rate, *arguments, cut)
         scores, slots, sub_scores, sub_slots, keys = found
     else:
+        if moving:  # several operators take the query: its gradient is to be rounded once, as a sum
+            tokens = tokens._replace(query=tokens.query.to(keys.dtype))
         if cut is not None:
             keys = torch.where(cut[:, 0].view(-1, 1, 1, 1, 1), keys.detach(), keys)
         step = product_key_address(tokens.query, keys, config.topk, *arguments)
@@ -205,11 +207,16 @@ def _address(state: MemoryState, tokens: Tokens, run: Tokens, exists: Tensor | N
         scores, slots, sub_scores, sub_slots = (by_chunk(x) for x in (step[0], step[1], used, step[3]))
 
     losses = _losses(state, (sub_scores, sub_slots), before, exists, whole)
-    kept = [x.flatten(1, 2)[:, :length] for x in (sub_scores, sub_slots)] + ([tokens.query] if moving else [])
+    selected = [x.flatten(1, 2)[:, :length] for x in (sub_scores, sub_slots)]
+
+    def kept(start: int) -> list[Tensor]:
+        queries = [tokens.query[:, start:].to(keys.dtype)] if moving else []
+        return [x[:, start:] for x in selected] + queries
+
     if before is not None and state.open is not None:
-        window = None if whole else state.open.append(kept)
+        window = None if whole else state.open.append(kept(0))
     else:
-        window = None if surely(length == whole * chunk) else Appendable.of([x[:, whole * chunk :] for x in kept])
+        window = None if surely(length == whole * chunk) else Appendable.of(kept(whole * chunk))
     return _Address(scores, slots.flatten(-2), keys, window, losses)
 
 

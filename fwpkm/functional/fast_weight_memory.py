@@ -41,8 +41,9 @@ def fast_weight_memory(
 ) -> MemoryResult:
     """Read and write a memory along a sequence, chunk by chunk (paper, section 3; docs/design.md, section 2).
 
-    Everything is computed in the dtype of the fast weights, also under autocast. However a sequence is cut into calls,
-    it gives the same outputs and the same memory.
+    Everything is computed in the dtype of the fast weights, also under autocast; queries in bfloat16 or float16 are
+    converted where they are loaded, other inputs before. However a sequence is cut into calls, it gives the same
+    outputs and the same memory.
 
     Args:
         query: ``[B, T, H, Dk]``, any floating dtype.
@@ -73,7 +74,9 @@ def fast_weight_memory(
     shared = config.scope == "shared"
     with torch.autocast(query.device.type, enabled=False):
         pattern = "b t ... -> 1 (t b) ..." if shared else "b t ... -> b t ..."
-        query, target, gate = (x.to(state.values.dtype) for x in (query, target, gate))
+        target, gate = (x.to(state.values.dtype) for x in (target, gate))
+        if query.dtype not in (torch.bfloat16, torch.float16):  # which operators take as they come
+            query = query.to(state.values.dtype)
         if mask is not None:  # what stands at masked positions, NaN too, is nobody's
             query = torch.where(mask[..., None, None], query, 0)
             target, gate = torch.where(mask[..., None], target, 0), torch.where(mask, gate, 0)

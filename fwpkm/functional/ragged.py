@@ -130,12 +130,12 @@ class _Before(NamedTuple):
     waiting_gates: Tensor  # [M, L]
 
     @classmethod
-    def of(cls, state: MemoryState, query: Tensor) -> _Before:
+    def of(cls, state: MemoryState, tokens: Tokens) -> _Before:
         memories, kept, lookahead = state.memories, state.config.chunk_size - 1, state.config.lookahead
         (heads, topk), width = (state.keys.shape[1], state.config.topk), state.values.shape[1]
 
-        def zeros(*shape: int, dtype: torch.dtype = query.dtype) -> Tensor:
-            return query.new_zeros(memories, *shape, dtype=dtype)
+        def zeros(*shape: int, dtype: torch.dtype = tokens.target.dtype) -> Tensor:
+            return tokens.target.new_zeros(memories, *shape, dtype=dtype)
 
         if state.log is None:
             slots, fanout = zeros(kept, heads * topk, dtype=torch.int64), (kept, heads * topk)
@@ -144,7 +144,7 @@ class _Before(NamedTuple):
             records, gates = state.last_records(kept)[:3], state.last_records(lookahead)[4]
         if state.open is None:
             shape = (kept, heads, 2, topk)
-            window = [zeros(*shape), zeros(*shape, dtype=torch.int64), zeros(kept, *query.shape[2:])]
+            window = [zeros(*shape), zeros(*shape, dtype=torch.int64), zeros(kept, *tokens.query.shape[2:])]
         else:
             window = state.open.columns()
         waiting = zeros(lookahead, width) if state.waiting is None else state.waiting
@@ -153,7 +153,7 @@ class _Before(NamedTuple):
         return cls(
             slots=slots,
             coefficients=coefficients,
-            residuals=residuals.to(query.dtype),
+            residuals=residuals.to(tokens.target.dtype),
             sub_scores=window[0],
             sub_slots=window[1],
             queries=queries,
@@ -171,10 +171,12 @@ def _read(
     ``sequence [M, T]``: resets up to each token; ``final [M]``: resets in the whole call; None without any.
     """
     state, config = state.indexed(tokens.query), state.config
+    if keys_commit(config, training):  # several operators take the query: its gradient is to be rounded once, as a sum
+        tokens = tokens._replace(query=tokens.query.to(state.keys.dtype))
     length = tokens.gate.shape[1]
     lookahead = config.lookahead
     count = state.per_memory(length) if tokens.mask is None else tokens.mask.sum(1)
-    layout, before = _Layout(state, count, length, sequence), _Before.of(state, tokens.query)
+    layout, before = _Layout(state, count, length, sequence), _Before.of(state, tokens)
     check_kept_queries(state, keys_commit(config, training), training)
     cut = _cut(state, layout)
     address = _address(state, tokens, layout, before, cut, final, training)

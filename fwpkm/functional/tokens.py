@@ -18,7 +18,7 @@ from fwpkm.ops import product_key_address
 class Tokens(NamedTuple):
     """Tokens of ``M`` memories, ``[M, P, ...]``."""
 
-    query: Tensor  # [M, P, H, Dk]
+    query: Tensor  # [M, P, H, Dk], dtype of the fast weights or half precision
     target: Tensor  # [M, P, Dv]
     gate: Tensor  # [M, P]
     mask: Tensor | None  # [M, P]

@@ -53,7 +53,6 @@ class ProductKeyMemory(MemoryWeights):
         require_shape("hidden", hidden, ("B", "T", self.query.in_features))
         query = rearrange(self.query(hidden), "b t (h d) -> 1 (b t) h d", h=self.heads)
         with torch.autocast(hidden.device.type, enabled=False):
-            query = query.to(self.keys.dtype)
             scores, slots, _, _ = product_key_address(query, self.keys.unsqueeze(0), self.topk, score="dot")
             read = memory_read(self.values, slots.flatten(-2), scores.softmax(-1).flatten(-2))
         read = read.view(*hidden.shape[:2], self.values.shape[1]).to(hidden.dtype)

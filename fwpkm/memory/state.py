@@ -41,7 +41,7 @@ class MemoryState:
         own_values: the memories' own values ``[M * N, Dv]`` once their log had outgrown that, or None: the base's.
         log: the records since the start (or since they were folded into ``own_values``), or None.
         open: of the open chunk's tokens ``sub_scores, sub_slots [M, P, H, 2, k]`` and, if their keys will commit,
-            ``queries [M, P, H, Dk]``; or None.
+            ``queries [M, P, H, Dk]``, in the dtype of the keys; or None.
         waiting: ``[M, <= L, Dv]`` reads of the open chunk's last tokens, whose target is still to come.
         position: tokens (columns) of the current sequence read so far.
         origin: where chunk boundaries count from; 0 until the first early flush.

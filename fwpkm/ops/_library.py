@@ -38,6 +38,9 @@ def register(
         def call(*args: Any) -> Any:
             if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
                 _refuse_forward_mode(operator)
+            if torch.is_autocast_enabled(kind):  # products are those of the dtypes given
+                with torch.autocast(kind, enabled=False):
+                    return call(*args)
             if implementation_on(kind) == "reference":
                 return reference(*args)
             _check_for_triton(names, args)

@@ -38,9 +38,11 @@ def key_commit(
     codebook's selected sub-scores: the step spreads the reads over the sub-keys.
 
     Args:
-        query: ``[M, P, H, Dk]``, the chunk's queries.
+        query: ``[M, P, H, Dk]``, the chunk's queries, in the dtype of ``keys``, bfloat16 or float16; as in
+            :func:`product_key_address` half precision is converted when it is loaded, and its gradient rounded once.
         keys: ``[M, H, 2, n, Dk/2]``, or ``[1, ...]`` when the memories start from the same sub-keys.
-        sub_scores, sub_slots: ``[M, P, H, 2, k]`` as :func:`product_key_address` returned them for these ``keys``.
+        sub_scores, sub_slots: ``[M, P, H, 2, k]`` as :func:`product_key_address` returned them for these ``keys``;
+            sub-scores in their dtype.
         mask: ``[M, P]`` bool, True for tokens that count; None for all of them.
         rate: learning rate times weight of the loss.
         score: as in :func:`product_key_address`. Its ``eps`` is not needed: ``1 / (eps + d)`` is ``exp(sub_score)``.
@@ -56,7 +58,7 @@ def key_commit(
     memories, tokens, heads, _ = query.shape
     require_shape("sub_scores", sub_scores, (memories, tokens, heads, 2, "k"))
     require_shape("sub_slots", sub_slots, sub_scores.shape)
-    require_dtype("sub_scores", sub_scores, query.dtype)
+    require_dtype("sub_scores", sub_scores, keys.dtype)
     require_dtype("sub_slots", sub_slots, torch.int64)
     if mask is not None:
         require_shape("mask", mask, (memories, tokens))
@@ -123,7 +125,7 @@ def _cpu(
         return start.clone(memory_format=torch.contiguous_format)
     loss = _addressing_loss(sub_scores, sub_slots, mask, n)
     selected = _selected(_coefficients(loss.gradient, sub_scores, score), sub_slots, n)
-    step = selected.transposed_times(by_codebook(query, False)).view(start.shape)
+    step = selected.transposed_times(by_codebook(query.to(keys.dtype), False)).view(start.shape)
     if score == "idw":
         step -= selected.sums().view(*start.shape[:-1], 1) * start
     return start - rate * step
@@ -156,8 +158,9 @@ def _backward_cpu(
 
     sizes = {"m": memories, "h": heads, "c": 2}
     grad_query = rearrange(selected.times(flat_grad), "(m h c) p d -> m p h (c d)", **sizes) * -rate
+    grad_query = grad_query.to(query.dtype)
     grad_keys = grad
-    grad_selected = selected.products(by_codebook(query, False), flat_grad)  # <q_t, G_i>
+    grad_selected = selected.products(by_codebook(query.to(keys.dtype), False), flat_grad)  # <q_t, G_i>
     if score == "idw":
         grad_keys = grad + rate * selected.sums().view(*grad.shape[:-1], 1) * grad
         own = (start * grad).sum(-1).flatten()  # <K_i, G_i>

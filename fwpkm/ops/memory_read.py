@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
+from fwpkm.checks import (
+    require,
+    require_dtype,
+    require_fast_weight_dtype,
+    require_input_dtype,
+    require_no_nan,
+    require_shape,
+    require_slots,
+)
 from fwpkm.ops._batching import batch_first, in_own_table
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 from fwpkm.ops._rows import add_to_rows_, row_products, segment, token_of_entry, weighted_sum
@@ -19,10 +27,11 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     Args:
         values: ``[N, Dv]``, float32 (float64 for numerical checks).
         slots: ``[..., K]`` int64 in ``[0, N)``.
-        weights: ``[..., K]``, dtype of ``values``.
+        weights: ``[..., K]``, dtype of ``values``, bfloat16 or float16. Half precision is converted when it is loaded.
 
     Returns:
-        ``[..., Dv]``. Gradients flow to ``weights`` and, as a dense ``[N, Dv]`` tensor, to ``values`` when they
+        ``[..., Dv]`` in the dtype of ``weights``: the sum is taken in that of ``values`` and rounded once. Gradients
+        flow to ``weights``, in their dtype, and, as a dense ``[N, Dv]`` tensor in theirs, to ``values`` when they
         require one. Its backward needs ``values`` as they were read: writing them in between is an error that autograd
         reports (:func:`memory_scan` keeps the rows it read instead).
 
@@ -32,7 +41,7 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     require_shape("values", values, ("N", "Dv"))
     require_fast_weight_dtype("values", values)
     require_dtype("slots", slots, torch.int64)
-    require_dtype("weights", weights, values.dtype)
+    require_input_dtype("weights", weights, values.dtype)
     require(slots.dim() > 0, "slots.shape", slots.shape, "[..., K]")
     require_shape("weights", weights, slots.shape)
     return _operator(values, slots, weights)
@@ -46,24 +55,25 @@ def _check(values: Tensor, slots: Tensor, weights: Tensor) -> None:
 def _cpu(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     _check(values, slots, weights)
     fanout = slots.shape[-1]
-    out = weighted_sum(values.contiguous(), slots.reshape(-1, fanout), weights.reshape(-1, fanout))
+    wide = weights.to(values.dtype).reshape(-1, fanout)
+    out = weighted_sum(values.contiguous(), slots.reshape(-1, fanout), wide).to(weights.dtype)
     return out.view(*slots.shape[:-1], values.shape[1])
 
 
 def _fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    return values.new_empty((*slots.shape[:-1], values.shape[1]))
+    return weights.new_empty((*slots.shape[:-1], values.shape[1]))
 
 
 def _backward_cpu(
     grad: Tensor, values: Tensor, slots: Tensor, weights: Tensor, values_need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    vectors, index = grad.reshape(-1, values.shape[1]).contiguous(), slots.reshape(-1, slots.shape[-1])
+    vectors, index = grad.to(values.dtype).reshape(-1, values.shape[1]).contiguous(), slots.reshape(-1, slots.shape[-1])
     tokens = token_of_entry(index)
     grad_weights = row_products(values.contiguous(), index.reshape(-1), vectors, tokens).view(slots.shape)
     grad_values = values.new_zeros(values.shape if values_need_grad else 0)
     if values_need_grad:
-        add_to_rows_(grad_values, segment(index.reshape(-1), tokens), weights, vectors)
-    return grad_values, grad_weights
+        add_to_rows_(grad_values, segment(index.reshape(-1), tokens), weights.to(values.dtype), vectors)
+    return grad_values, grad_weights.to(weights.dtype)
 
 
 def _backward_fake(

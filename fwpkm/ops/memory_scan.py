@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_no_nan, require_shape, require_slots
+from fwpkm.checks import (
+    require,
+    require_dtype,
+    require_fast_weight_dtype,
+    require_input_dtype,
+    require_no_nan,
+    require_shape,
+    require_slots,
+)
 from fwpkm.ops._batching import batch_first, fold, in_own_table
 from fwpkm.ops._index import IndexedLog, Level, add_indexed_, check_indexed
 from fwpkm.ops._library import argument_names, refuse_double_backward, register, register_backward
@@ -38,7 +46,8 @@ def memory_scan(
         slots: ``[M, S, P, K]`` int64 in ``[0, N)``.
         weights, coefficients: ``[M, S, P, K]``, dtype of ``values``; coefficients include learning rate, write scale
             and the division by ``N_s``.
-        targets: ``[M, S, P, Dv]``, dtype of ``values``.
+        targets: ``[M, S, P, Dv]``, dtype of ``values``, bfloat16 or float16. Half precision is converted when it is
+            loaded.
         gates: ``[M, S, P]``, dtype of ``values``.
         log: the records of earlier chunks, or None. An :class:`IndexedLog` is for the CPU, and outside autograd.
         sequences: ``[M, S, P]`` int64, for memories that start anew on the way: tokens of different numbers share
@@ -50,8 +59,11 @@ def memory_scan(
             Its gradient is that of the identity.
 
     Returns:
-        ``out [M, S, P, Dv]``. Gradients flow to ``weights``, ``coefficients``, ``targets``, ``gates``, the log's
-        coefficients and residuals, and, as a dense ``[N, Dv]`` tensor, to ``values`` when they require one.
+        ``out [M, S, P, Dv]`` in the dtype of ``targets``; everything else is computed in that of ``values``. The
+        ``out_s`` of a residual is the one returned, rounded where that is in half precision, so that the backward knows
+        what was written and rewinds exactly; the gradient of that rounding is the identity's. Gradients flow to
+        ``weights``, ``coefficients``, ``targets`` (in their dtype), ``gates``, the log's coefficients and residuals,
+        and, as a dense ``[N, Dv]`` tensor, to ``values`` when they require one.
 
     Raises:
         ValueError: for a wrong shape or dtype, a slot out of range, or NaN.
@@ -64,7 +76,6 @@ def memory_scan(
     floats: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "weights": (weights, slots.shape),
         "coefficients": (coefficients, slots.shape),
-        "targets": (targets, (*slots.shape[:3], width)),
         "gates": (gates, slots.shape[:3]),
     }
     integers: dict[str, tuple[Tensor, tuple[int, ...]]] = {"slots": (slots, slots.shape)}
@@ -90,6 +101,8 @@ def memory_scan(
     for name, (tensor, shape) in floats.items():
         require_shape(name, tensor, shape)
         require_dtype(name, tensor, values.dtype)
+    require_shape("targets", targets, (*slots.shape[:3], width))
+    require_input_dtype("targets", targets, values.dtype)
     fields = log if isinstance(log, Log) else (None,) * 5 + (0,)
     index: tuple[Any, ...] = (0, None, ())
     if isinstance(log, IndexedLog):
@@ -190,7 +203,8 @@ def _indexed_keys(keys: Tensor, optional: _Optional, n_slots: int) -> Tensor:
 
 def _residuals(s: int, targets: Tensor, gates: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     """``g (y - v-hat)`` of chunk ``s`` in all memories, ``[M * P, Dv]``."""
-    return (gates[:, s].unsqueeze(-1) * (targets[:, s] - out[:, s])).to(dtype).to(out.dtype).flatten(0, 1)
+    error = targets[:, s].to(gates.dtype) - out[:, s].to(gates.dtype)
+    return (gates[:, s].unsqueeze(-1) * error).to(dtype).to(gates.dtype).flatten(0, 1)
 
 
 def _fake(
@@ -237,7 +251,7 @@ def _backward_cpu(
         index = local[:, s].flatten(0, 1)
         entry_rows = index.reshape(-1)
         segments = segment(entry_rows, entry_tokens)
-        grad_read = grad_out[:, s].reshape(-1, width)
+        grad_read = grad_out[:, s].reshape(-1, width).to(rows.dtype)
         if s + 1 < steps:
             cut(s + 1)
             residuals = _residuals(s, targets, gates, out, optional.residual_dtype)
@@ -245,9 +259,11 @@ def _backward_cpu(
             products = row_products(grad_working, entry_rows, residuals, entry_tokens)
             grad_coefficients[:, s] = products.view(memories, tokens, fanout)
             grad_residuals = grad_residuals.view(memories, tokens, width)
-            grad_gates[:, s] = (grad_residuals * (targets[:, s] - out[:, s])).sum(-1)
-            grad_targets[:, s] = gates[:, s].unsqueeze(-1) * grad_residuals
-            grad_read = grad_read - grad_targets[:, s].flatten(0, 1)  # a read is both an output and in the residual
+            error = targets[:, s].to(rows.dtype) - out[:, s].to(rows.dtype)
+            grad_gates[:, s] = (grad_residuals * error).sum(-1)
+            of_targets = gates[:, s].unsqueeze(-1) * grad_residuals
+            grad_targets[:, s] = of_targets
+            grad_read = grad_read - of_targets.flatten(0, 1)  # a read is both an output and in the residual
             # Rewind to the version that this chunk read: its residuals are known, so rounding is all that is lost.
             add_to_rows_(working, segments, -coefficients[:, s], residuals)
         grad_read = grad_read.contiguous()
@@ -255,22 +271,22 @@ def _backward_cpu(
         grad_weights[:, s] = products.view(memories, tokens, fanout)
         add_to_rows_(grad_working, segments, weights[:, s], grad_read)
 
-    empty = out.new_empty(0)
+    empty = rows.new_empty(0)
     grad_log_coefficients, grad_log_residuals, grad_values = empty, empty.clone(), empty.clone()
     if log is not None:
         matches = match(row_keys, log, n_slots, n_sequences)
-        table, carriers = matches.residuals(log, out.dtype)
+        table, carriers = matches.residuals(log, rows.dtype)
         products = row_products(grad_working, matches.rows, table, carriers)
-        grad_log_coefficients = out.new_zeros(log.coefficients.shape)
+        grad_log_coefficients = rows.new_zeros(log.coefficients.shape)
         grad_log_coefficients.view(-1)[matches.entries] = products / matches.counts
-        grad_table = out.new_zeros(log.residuals.shape)
+        grad_table = rows.new_zeros(log.residuals.shape)
         to_records = segment(matches.carriers, matches.rows)
         add_to_rows_(grad_table.view(-1, width), to_records, matches.weights(log.coefficients), grad_working)
         grad_log_residuals = grad_table.to(log.residuals.dtype)
     if values_need_grad:
         if steps:
             cut(0)
-        grad_values = out.new_zeros(n_slots, width).index_add_(0, row_keys % n_slots, grad_working)
+        grad_values = rows.new_zeros(n_slots, width).index_add_(0, row_keys % n_slots, grad_working)
     return (
         grad_weights,
         grad_coefficients,
@@ -298,8 +314,8 @@ def _backward_fake(
     optional = _Optional(*fields)
     like_inputs = [x.new_empty(x.shape) for x in (weights, coefficients, targets, gates)]
     log_floats = (optional.log_coefficients, optional.log_residuals)
-    like_log = [out.new_empty(0) if x is None else x.new_empty(x.shape) for x in log_floats]
-    return *like_inputs, *like_log, out.new_empty((n_slots, out.shape[-1]) if values_need_grad else 0)
+    like_log = [rows.new_empty(0) if x is None else x.new_empty(x.shape) for x in log_floats]
+    return *like_inputs, *like_log, rows.new_empty((n_slots, out.shape[-1]) if values_need_grad else 0)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwpkm.checks import require, require_dtype, require_fast_weight_dtype, require_shape, require_slots
+from fwpkm.checks import (
+    require,
+    require_dtype,
+    require_fast_weight_dtype,
+    require_input_dtype,
+    require_shape,
+    require_slots,
+)
 from fwpkm.ops._batching import batch_first, in_own_table
 from fwpkm.ops._library import refuse_gradients, register
 from fwpkm.ops._rows import add_to_rows_, segment, token_of_entry
@@ -22,7 +29,7 @@ def memory_write_(values: Tensor, slots: Tensor, coefficients: Tensor, residuals
         values: ``[N, Dv]``, contiguous, float32 (float64 for numerical checks); must not require a gradient.
         slots: ``[P, K]`` int64 in ``[0, N)``.
         coefficients: ``[P, K]``, dtype of ``values``.
-        residuals: ``[P, Dv]``, dtype of ``values``.
+        residuals: ``[P, Dv]``, dtype of ``values``, bfloat16 or float16. Half precision is converted when it is loaded.
 
     Under ``torch.func.vmap`` each sample has values of its own, all of them contiguous: ``[B, N, Dv]``.
 
@@ -43,7 +50,7 @@ def memory_write_(values: Tensor, slots: Tensor, coefficients: Tensor, residuals
     require_shape("coefficients", coefficients, slots.shape)
     require_dtype("coefficients", coefficients, values.dtype)
     require_shape("residuals", residuals, (slots.shape[0], values.shape[1]))
-    require_dtype("residuals", residuals, values.dtype)
+    require_input_dtype("residuals", residuals, values.dtype)
     with torch.no_grad():
         _operator(values, slots, coefficients, residuals)
     return values
@@ -55,7 +62,8 @@ def _check(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tenso
 
 def _cpu(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor) -> None:
     _check(values, slots, coefficients, residuals)
-    add_to_rows_(values, segment(slots.reshape(-1), token_of_entry(slots)), coefficients, residuals.contiguous())
+    wide = residuals.to(values.dtype).contiguous()
+    add_to_rows_(values, segment(slots.reshape(-1), token_of_entry(slots)), coefficients, wide)
 
 
 def _fake(values: Tensor, slots: Tensor, coefficients: Tensor, residuals: Tensor) -> None:

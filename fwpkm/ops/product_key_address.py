@@ -11,8 +11,8 @@ from torch import Tensor
 from fwpkm.checks import (
     require,
     require_choice,
-    require_dtype,
     require_fast_weight_dtype,
+    require_input_dtype,
     require_no_nan,
     require_shape,
 )
@@ -31,16 +31,18 @@ def product_key_address(
     """Score every query against its memory's sub-keys and pick the ``k`` best slots a head.
 
     Args:
-        query: ``[M, P, H, Dk]``, float32 (float64 for numerical checks).
-        keys: ``[M, H, 2, n, Dk/2]``, or ``[1, H, 2, n, Dk/2]`` when the memories share them; dtype of ``query``.
+        query: ``[M, P, H, Dk]``, dtype of ``keys``, bfloat16 or float16. Half precision is converted when it is loaded:
+            the result is that of the converted query, bit for bit.
+        keys: ``[M, H, 2, n, Dk/2]``, or ``[1, H, 2, n, Dk/2]`` when the memories share them; float32 (float64 for
+            numerical checks).
         k: slots a head, ``1 <= k <= n``.
         score: ``"idw"``, ``-log(eps + ||q - K_i||^2)``, or ``"dot"``, ``q . K_i``.
         eps: of the inverse distance weighting, positive.
 
     Returns:
         ``scores [M, P, H, k]`` and ``slots [M, P, H, k]`` (int64) as :func:`product_key_topk` gives them, and of the
-        selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``. Gradients of both scores flow to ``query``
-        and ``keys``.
+        selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``; scores in the dtype of ``keys``. Gradients
+        of both scores flow to ``query``, in its dtype and rounded once, and ``keys``.
 
     Raises:
         ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``, or NaN.
@@ -58,8 +60,8 @@ def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
     require(width % 2 == 0, "query.shape[-1]", width, "an even key width Dk, one half a codebook")
     require_shape("keys", keys, ("M or 1", heads, 2, "n", width // 2))
     require(keys.shape[0] in (1, memories), "keys.shape[0]", keys.shape[0], "1 or the {} memories of query", memories)
-    require_fast_weight_dtype("query", query)
-    require_dtype("keys", keys, query.dtype)
+    require_fast_weight_dtype("keys", keys)
+    require_input_dtype("query", query, keys.dtype)
     require_choice("score", score, SCORES)
 
 
@@ -82,7 +84,7 @@ def _check(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> None:
 def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memories, tokens, heads, _ = query.shape
     shared = keys.shape[0] == 1
-    rows, keys = by_codebook(query, shared), keys.flatten(0, 2)
+    rows, keys = by_codebook(query.to(keys.dtype), shared), keys.flatten(0, 2)
     n = keys.shape[1]
     selected = [_select(rows[:, block], keys, k, score, eps) for block in _blocks(rows.shape[0], rows.shape[1], n)]
     sub_scores, sub_slots = (torch.cat(parts, dim=1) for parts in zip(*selected, strict=True))
@@ -116,8 +118,8 @@ def _select(rows: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple
 def _fake(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*query.shape[:3], k)
     sub_shape = (*query.shape[:3], 2, k)
-    slots = query.new_empty(shape, dtype=torch.int64)
-    return query.new_empty(shape), slots, query.new_empty(sub_shape), slots.new_empty(sub_shape)
+    slots = keys.new_empty(shape, dtype=torch.int64)
+    return keys.new_empty(shape), slots, keys.new_empty(sub_shape), slots.new_empty(sub_shape)
 
 
 def _backward_cpu(
@@ -135,7 +137,7 @@ def _backward_cpu(
     grad_selected = selected_gradient(grad_scores, slots, sub_slots, n) + grad_sub_scores
     if score == "idw":  # ds_i/dq = -ds_i/dK_i = -2 (q - K_i) / (eps + d_i), and 1 / (eps + d_i) = exp(s_i)
         grad_selected = grad_selected * sub_scores.exp() * -2
-    rows, flat_keys = by_codebook(query, shared), keys.flatten(0, 2)
+    rows, flat_keys = by_codebook(query.to(keys.dtype), shared), keys.flatten(0, 2)
     grad_selected = selected_by_codebook(grad_selected, shared)
     sub_slots = selected_by_codebook(sub_slots, shared)
 
@@ -146,7 +148,7 @@ def _backward_cpu(
         grad_keys = selected.sums().unsqueeze(-1) * flat_keys - grad_keys
     pattern = "(h c) (m p) d -> m p h (c d)" if shared else "(m h c) p d -> m p h (c d)"
     memories, tokens, heads, _ = query.shape
-    grad_query = rearrange(grad_rows, pattern, m=memories, p=tokens, h=heads, c=2).contiguous()
+    grad_query = rearrange(grad_rows.to(query.dtype), pattern, m=memories, p=tokens, h=heads, c=2).contiguous()
     return grad_query, grad_keys.view(keys.shape)
 
 

@@ -42,16 +42,17 @@ def product_key_scan(
     The same as :func:`product_key_address` and :func:`key_commit` in turn, as one operator whatever ``S`` is.
 
     Args:
-        query: ``[M, S, P, H, Dk]``, float32 (float64 for numerical checks).
-        keys: ``[M, H, 2, n, Dk/2]``, or ``[1, ...]`` when the memories start from the same; dtype of ``query``.
+        query: ``[M, S, P, H, Dk]``, dtype of ``keys``, bfloat16 or float16, as in :func:`product_key_address`.
+        keys: ``[M, H, 2, n, Dk/2]``, or ``[1, ...]`` when the memories start from the same; float32 (float64 for
+            numerical checks).
         k, score, eps: as in :func:`product_key_address`.
         mask: ``[M, S, P]`` bool, True for the tokens that a chunk's commit is made of; of none, keys stay.
         rate: as in :func:`key_commit`.
         cut: ``[M, S]`` bool, True where no gradient flows from a chunk's sub-keys to those before; None for nowhere.
 
     Returns:
-        :class:`Addresses`. Gradients of ``scores``, ``sub_scores`` and ``keys`` flow to ``query`` and ``keys``, through
-        the commits too.
+        :class:`Addresses`, in the dtype of ``keys``. Gradients of ``scores``, ``sub_scores`` and ``keys`` flow to
+        ``query``, in its dtype and rounded once, and ``keys``, through the commits too.
 
     Raises:
         ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``, or NaN.
@@ -83,9 +84,9 @@ def scan(
     memories, steps, tokens, heads, _ = query.shape
     shape = (memories, steps, tokens, heads, k)
     sub_shape = (*shape[:-1], 2, k)
-    scores, sub_scores = query.new_empty(shape), query.new_empty(sub_shape)
+    scores, sub_scores = keys.new_empty(shape), keys.new_empty(sub_shape)
     slots, sub_slots = (torch.empty_like(x, dtype=torch.int64) for x in (scores, sub_scores))
-    versions = query.new_empty(steps, memories, *keys.shape[1:])
+    versions = keys.new_empty(steps, memories, *keys.shape[1:])
     keys = keys.expand(memories, *keys.shape[1:])
     for s in range(steps):
         versions[s] = keys
@@ -117,7 +118,7 @@ def scan_backward(
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad = grad_keys
     for s in reversed(range(query.shape[1])):
-        chunk = query[:, s], versions[s]
+        chunk = query[:, s].to(versions.dtype), versions[s]  # both parts' gradients are rounded once, as a sum
         selected = sub_scores[:, s], sub_slots[:, s]
         by_commit, grad, of_scores = commit_backward(grad, *chunk, *selected, mask[:, s], rate, score)
         of_scores = of_scores + grad_sub_scores[:, s]
@@ -137,7 +138,7 @@ def _check(query: Tensor, keys: Tensor, *_: Any) -> None:
 def _cpu(
     query: Tensor, keys: Tensor, mask: Tensor, cut: Tensor | None, k: int, rate: float, score: str, eps: float
 ) -> tuple[Tensor, ...]:
-    return scan(address_cpu, commit_cpu, query, keys, mask, k, rate, score, eps)
+    return scan(address_cpu, commit_cpu, query.to(keys.dtype), keys, mask, k, rate, score, eps)
 
 
 def _fake(
@@ -146,10 +147,10 @@ def _fake(
     memories, steps = query.shape[:2]
     shape = (*query.shape[:4], k)
     sub_shape = (*query.shape[:4], 2, k)
-    slots = query.new_empty(shape, dtype=torch.int64)
+    slots = keys.new_empty(shape, dtype=torch.int64)
     sub_keys = keys.new_empty((memories, *keys.shape[1:]))
     versions = keys.new_empty((steps, memories, *keys.shape[1:]))
-    return query.new_empty(shape), slots, query.new_empty(sub_shape), slots.new_empty(sub_shape), sub_keys, versions
+    return keys.new_empty(shape), slots, keys.new_empty(sub_shape), slots.new_empty(sub_shape), sub_keys, versions
 
 
 def _backward_cpu(

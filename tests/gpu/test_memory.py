@@ -72,6 +72,21 @@ def test_sequences_do_not_see_each_other():
     assert_close(both[1:], alone)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_queries_are_as_good_as_converted(config, dtype):
+    """In pieces too: whole chunks go through one operator, the rest of an open chunk through others."""
+    inputs = type(case(2)[0])(*(x.cuda() for x in case(2)[0]))
+    half = inputs._replace(query=inputs.query.to(dtype))
+    outputs = []
+    with torch.no_grad():
+        for given in (half, half._replace(query=half.query.float())):
+            first = fast_weight_memory(*given.tokens(0, 21), given.weights, config, training=True)
+            second = fast_weight_memory(*given.tokens(21, 40), first.state, config, training=True)
+            outputs.append(torch.cat((first.output, second.output), 1))
+    assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
+
+
 def test_a_layer_trains_in_bfloat16():
     torch.manual_seed(0)
     layer = FwPKM(32, n_subkeys=8, key_dim=8, value_dim=24, config=CONFIGS[0]).cuda().bfloat16()

@@ -12,11 +12,12 @@ from torch.testing import assert_close
 
 from fwpkm import ops
 from tests.draws import Draw, strided
-from tests.ops.test_operators import CASES, Case, RecordOperators, floating, with_gradient
+from tests.ops.test_operators import CASES, HALF_CASES, Case, RecordOperators, floating, halved, with_gradient
 
 pytestmark = pytest.mark.gpu
-_OWN = {name: make for name, make in CASES.items() if not name.startswith("gated_delta_rule")}  # others' kernels
-every_operator = pytest.mark.parametrize("make", _OWN.values(), ids=_OWN)
+_OWN = {name: make for name, make in (CASES | HALF_CASES).items() if not name.startswith("gated_delta_rule")}
+every_operator = pytest.mark.parametrize("make", _OWN.values(), ids=_OWN)  # other operators' kernels are not ours
+in_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 TOKENS = 40
 
 
@@ -41,9 +42,33 @@ def results(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [TOKENS, 1, 0])
 def test_results_are_those_of_the_cpu_in_float64(make, seed, tokens):
     case = make(Draw(seed, torch.float32), tokens)
-    exact = case._replace(floats={k: x.double() for k, x in case.floats.items()})
+    exact = case._replace(floats={k: x.double() if x.dtype == torch.float32 else x for k, x in case.floats.items()})
+    tolerance = rounding(case)
     for have, want in zip(results(on_gpu(case)), results(exact), strict=True):
-        assert_close(have.cpu().double() if have.is_floating_point() else have.cpu(), want, rtol=1e-4, atol=1e-4)
+        assert not have.is_floating_point() or have.dtype == (
+            torch.float32 if want.dtype == torch.float64 else want.dtype
+        )
+        assert_close(have.cpu().to(want.dtype), want, rtol=tolerance, atol=tolerance)
+
+
+def rounding(case: Case) -> float:
+    """What may become of a number near the middle of two in half precision, that is rounded the other way."""
+    halves = [torch.finfo(x.dtype).eps for x in case.floats.values() if x.dtype != torch.float32]
+    return max([1e-4, *(2 * eps for eps in halves)])
+
+
+@in_half
+@pytest.mark.parametrize("name", ["product_key_address", "key_commit", "product_key_scan"])
+def test_a_query_is_as_good_as_converted(name, dtype):
+    """Outputs are the same bits; gradients are sums of which the order may differ."""
+    case = on_gpu(halved(name, "query", dtype)(Draw(4, torch.float32), TOKENS))
+    converted = case._replace(floats={k: x.float() for k, x in case.floats.items()})
+    for have, want in zip(case(*case.floats.values()), converted(*converted.floats.values()), strict=True):
+        assert have.dtype == want.dtype
+        assert torch.equal(have, want)
+    for have, want in zip(results(case), results(converted), strict=True):
+        eps = torch.finfo(have.dtype).eps if have.dtype == dtype else 1e-5
+        assert_close(have.to(want.dtype), want, rtol=eps, atol=eps)
 
 
 @every_operator
@@ -112,6 +137,15 @@ def test_a_cuda_graph_replays_what_eager_does(make):
     torch.cuda.synchronize()
     for a, b in zip(have, want, strict=True):
         assert torch.equal(a, b)
+
+
+@in_half
+def test_residuals_are_converted(dtype):
+    draw = Draw(5, torch.float32)
+    slots, coefficients = draw.integers(8, TOKENS, 4).cuda(), draw.normal(TOKENS, 4).cuda()
+    values, residuals = draw.normal(64, 96).cuda(), draw.normal(TOKENS, 96).to(dtype).cuda()
+    want = ops.memory_write_(values.clone(), slots, coefficients, residuals.float())
+    assert torch.equal(ops.memory_write_(values, slots, coefficients, residuals), want)
 
 
 @pytest.mark.unpoisoned

@@ -60,6 +60,7 @@ GOOD = {
     },
 }
 
+HALF = "or torch.bfloat16 or torch.float16"
 BAD = [
     (ops.product_key_scan, {"query": torch.randn(1, 2, 1, 4)}, r"query.shape is \[1, 2, 1, 4\]; expected \[M, S, P, H"),
     (ops.product_key_scan, {"k": 4}, r"k is 4; expected 1 <= k <= n_subkeys \(3\)"),
@@ -87,7 +88,7 @@ BAD = [
         {"query": torch.randn(2, 3, 1, 5)},
         r"query.shape\[-1\] is 5; expected an even key width",
     ),
-    (ops.product_key_address, {"query": QUERY.bfloat16()}, "query.dtype is torch.bfloat16; expected torch.float32"),
+    (ops.product_key_address, {"query": QUERY.long()}, f"query.dtype is torch.int64; expected torch.float32 {HALF}$"),
     (
         ops.product_key_address,
         {"keys": torch.randn(2, 1, 2, 5, 3)},
@@ -98,7 +99,9 @@ BAD = [
         {"keys": torch.randn(3, 1, 2, 5, 2)},
         r"keys.shape\[0\] is 3; expected 1 or the 2 memories",
     ),
-    (ops.product_key_address, {"keys": KEYS.double()}, "keys.dtype is torch.float64; expected torch.float32"),
+    (ops.product_key_address, {"keys": KEYS.double()}, f"query.dtype is torch.float32; expected torch.float64 {HALF}$"),
+    (ops.product_key_address, {"keys": KEYS.half()}, "keys.dtype is torch.float16; expected torch.float32 or torch.fl"),
+    (ops.product_key_scan, {"keys": torch.randn(1, 1, 2, 3, 2).bfloat16()}, "keys.dtype is torch.bfloat16; expected"),
     (ops.product_key_address, {"k": 6}, r"k is 6; expected 1 <= k <= n_subkeys \(5\)"),
     (ops.product_key_address, {"score": "cosine"}, "score is 'cosine'; expected 'idw' or 'dot'"),
     (ops.product_key_address, {"eps": 0.0}, "eps is 0.0; expected a positive number"),
@@ -107,6 +110,7 @@ BAD = [
     (ops.key_commit, {"sub_slots": SUB_SLOTS.int()}, "sub_slots.dtype is torch.int32; expected torch.int64"),
     (ops.key_commit, {"mask": torch.ones(2, 2).bool()}, r"mask.shape is \[2, 2\]; expected \[2, 3\]"),
     (ops.key_commit, {"mask": torch.ones(2, 3)}, "mask.dtype is torch.float32; expected torch.bool"),
+    (ops.key_commit, {"sub_scores": SUB_SCORES.half()}, "sub_scores.dtype is torch.float16; expected torch.float32$"),
     (ops.key_commit, {"score": "l1"}, "score is 'l1'; expected 'idw' or 'dot'"),
     (ops.gated_delta_rule, {"query": RULE["query"][0]}, r"query.shape is \[3, 1, 4\]; expected \[B, T, Hk, Dk\]"),
     (ops.gated_delta_rule, {"query": RULE["query"].int()}, "query.dtype is torch.int32; expected torch.float32"),
@@ -129,17 +133,29 @@ BAD = [
     (ops.memory_read, {"slots": SLOTS + 9}, r"slots is in \[9, 9\]; expected slots in \[0, 9\)"),
     (ops.memory_read, {"slots": SLOTS - 1}, r"slots is in \[-1, -1\]; expected slots in \[0, 9\)"),
     (ops.memory_read, {"weights": WEIGHTS[:2]}, r"weights.shape is \[2, 2\]; expected \[4, 2\]"),
-    (ops.memory_read, {"weights": WEIGHTS.double()}, "weights.dtype is torch.float64; expected torch.float32"),
+    (ops.memory_read, {"weights": WEIGHTS.double()}, f"weights.dtype is torch.float64; expected torch.float32 {HALF}$"),
     (ops.memory_write_, {"values": torch.randn(3, 9).t()}, r"values.stride\(\) is .*; expected contiguous values"),
     (ops.memory_write_, {"values": VALUES.clone().requires_grad_()}, "values.requires_grad is True; expected False"),
     (ops.memory_write_, {"slots": SLOTS + 9}, r"slots is in \[9, 9\]; expected slots in \[0, 9\)"),
     (ops.memory_write_, {"coefficients": WEIGHTS[:, :1]}, r"coefficients.shape is \[4, 1\]; expected \[4, 2\]"),
     (ops.memory_write_, {"residuals": torch.randn(4, 2)}, r"residuals.shape is \[4, 2\]; expected \[4, 3\]"),
-    (ops.memory_write_, {"residuals": torch.randn(4, 3).half()}, "residuals.dtype is torch.float16; expected"),
+    (
+        ops.memory_write_,
+        {"residuals": torch.randn(4, 3).double()},
+        f"residuals.dtype is torch.float64; expected torch.float32 {HALF}$",
+    ),
+    (ops.memory_write_, {"coefficients": WEIGHTS.half()}, "coefficients.dtype is torch.float16; expected torch.float"),
     (ops.memory_scan, {"slots": SLOTS}, r"slots.shape is \[4, 2\]; expected \[M, S, P, K\]"),
     (ops.memory_scan, {"slots": SCAN_SLOTS + 9}, r"slots is in \[9, 9\]; expected slots in \[0, 9\)"),
     (ops.memory_scan, {"weights": SCAN_WEIGHTS[:, :1]}, r"weights.shape is \[1, 1, 4, 2\]; expected \[1, 2, 4, 2\]"),
     (ops.memory_scan, {"coefficients": SCAN_WEIGHTS.double()}, "coefficients.dtype is torch.float64; expected"),
+    (ops.memory_scan, {"weights": SCAN_WEIGHTS.half()}, "weights.dtype is torch.float16; expected torch.float32$"),
+    (ops.memory_scan, {"gates": GATES.bfloat16()}, "gates.dtype is torch.bfloat16; expected torch.float32$"),
+    (
+        ops.memory_scan,
+        {"targets": TARGETS.double()},
+        f"targets.dtype is torch.float64; expected torch.float32 {HALF}$",
+    ),
     (ops.memory_scan, {"targets": TARGETS[..., :2]}, r"targets.shape is .*; expected \[1, 2, 4, 3\]"),
     (ops.memory_scan, {"gates": GATES[..., :2]}, r"gates.shape is \[1, 2, 2\]; expected \[1, 2, 4\]"),
     (

@@ -138,8 +138,30 @@ CASES: dict[str, Callable[[Draw, int], Case]] = {
     "memory_scan-log": lambda d, t: scan_case(d, t, log=True),
     "memory_scan-packed": lambda d, t: scan_case(d, t, log=True, packed=True),
 }
+
+
+def halved(name: str, argument: str, dtype: torch.dtype) -> Callable[[Draw, int], Case]:
+    """The case ``name`` with one of its arguments in half precision."""
+
+    def make(draw: Draw, tokens: int) -> Case:
+        case = CASES[name](draw, tokens)
+        return case._replace(floats=case.floats | {argument: case.floats[argument].to(dtype)})
+
+    return make
+
+
+HALF_CASES = {
+    "product_key_address-bfloat16": halved("product_key_address", "query", torch.bfloat16),
+    "key_commit-float16": halved("key_commit-masked", "query", torch.float16),
+    "product_key_scan-bfloat16": halved("product_key_scan", "query", torch.bfloat16),
+    "memory_read-float16": halved("memory_read", "weights", torch.float16),
+    "memory_scan-packed-bfloat16": halved("memory_scan-packed", "targets", torch.bfloat16),
+}
 _ALL = CASES | {"memory_scan-indexed": indexed_case}
+_ANY = _ALL | HALF_CASES
 every_operator = pytest.mark.parametrize("make", _ALL.values(), ids=_ALL)
+in_any_dtype = pytest.mark.parametrize("make", _ANY.values(), ids=_ANY)
+in_half_precision = pytest.mark.parametrize("make", HALF_CASES.values(), ids=HALF_CASES)
 
 
 def with_gradient(case: Case) -> list[Tensor]:
@@ -180,11 +202,25 @@ def test_opcheck(make, tokens, requires_grad, layout, monkeypatch):
     """Every utility of ``torch.library.opcheck``, on the operator as the public function calls it."""
     case = make(Draw(0, torch.float32), tokens)
     if layout == "strided":
-        case = case._replace(
-            floats={k: strided(x) for k, x in case.floats.items()},
-            others={k: strided(x) if isinstance(x, Tensor) else x for k, x in case.others.items()},
-        )
-    calls = []
+        case = spread(case)
+    opcheck(case, requires_grad)
+
+
+@in_half_precision
+def test_opcheck_in_half_precision(make):
+    opcheck(spread(make(Draw(0, torch.float32), P)), requires_grad=True)
+
+
+def spread(case: Case) -> Case:
+    """The same with gaps in its tensors."""
+    return case._replace(
+        floats={k: strided(x) for k, x in case.floats.items()},
+        others={k: strided(x) if isinstance(x, Tensor) else x for k, x in case.others.items()},
+    )
+
+
+def opcheck(case: Case, requires_grad: bool) -> None:
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
     floats = [x.requires_grad_(requires_grad) for x in case.floats.values()]
     with RecordOperators(calls):
         case(*floats)
@@ -210,7 +246,7 @@ class RecordOperators(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_operator
+@in_any_dtype
 def test_backward_operator_opcheck(make):
     case = make(Draw(1, torch.float32), P)
     outputs = floating(case(*with_gradient(case)))
@@ -222,16 +258,28 @@ def test_backward_operator_opcheck(make):
         torch.library.opcheck(operator, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments))
 
 
-@every_operator
+@in_any_dtype
 def test_strided_inputs_give_the_same(make):
     case = make(Draw(2), P)
-    floats = [strided(x) for x in case.floats.values()]
-    others = {k: strided(x) if isinstance(x, Tensor) else x for k, x in case.others.items()}
-    for have, want in zip(case._replace(others=others)(*floats), case(*case.floats.values()), strict=True):
+    apart = spread(case)
+    for have, want in zip(apart(*apart.floats.values()), case(*case.floats.values()), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
 
 
-@every_operator
+@in_any_dtype
+def test_autocast_changes_nothing(make):
+    """An operator computes in what its arguments are, forward and backward."""
+    case, found = make(Draw(7, torch.float32), P), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            floats = with_gradient(case)
+            outputs = case(*floats)
+            total = sum(x.sin().sum() for x in floating(outputs))
+            found.append([*outputs, *torch.autograd.grad(total, floats)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@in_any_dtype
 @pytest.mark.unpoisoned
 def test_bitwise_deterministic(make):
     case = make(Draw(3, torch.float32), 64)

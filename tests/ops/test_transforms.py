@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fwpkm import ops
 from tests.draws import Draw, seeds, strided
-from tests.ops.test_operators import CASES, DV, TOPK, Case, N, P, floating, with_gradient
+from tests.ops.test_operators import CASES, DV, HALF_CASES, TOPK, Case, N, P, floating, with_gradient
 
 every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+in_any_dtype = pytest.mark.parametrize("make", (CASES | HALF_CASES).values(), ids=CASES | HALF_CASES)
 # torch itself uses it when it first makes a dual tensor
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -74,7 +75,7 @@ def subsets(case: Case) -> list[list[str]]:
     return [*([name] for name in case.floats), list(case.floats), list(tensors(case))]
 
 
-@every_operator
+@in_any_dtype
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("function", [outputs, gradients])
 def test_vmap_equals_a_loop(make, function, dim):
@@ -102,7 +103,7 @@ def test_vmap_over_any_inputs(data, name, seed, size, tokens):
         assert_same(have, tuple(torch.stack(x)[:size] for x in zip(*want, strict=True)))
 
 
-@every_operator
+@in_any_dtype
 def test_grad_equals_autograd(make):
     case = make(Draw(0), P)
     floats = with_gradient(case)

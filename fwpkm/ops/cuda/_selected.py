@@ -43,7 +43,7 @@ class Selected(NamedTuple):
 
     def products(self, halves: Tensor, subkeys: Tensor) -> Tensor:
         """``<half-query, sub-key>`` of ``[R, d]`` and ``[T, d]`` where selected: ``[R, k]``."""
-        out = halves.new_empty(self.entries.shape)
+        out = subkeys.new_empty(self.entries.shape)
         row_products(out, subkeys, self.entries, halves)
         return out
 
@@ -53,7 +53,7 @@ class Selected(NamedTuple):
 
     def transposed_times(self, segments: Segments, coefficients: Tensor, halves: Tensor) -> Tensor:
         """``[R, k]``, ``[R, d]`` -> ``[T, d]``: each sub-key's weighted sum of the half-queries that selected it."""
-        out = halves.new_zeros(self.n_subkeys, halves.shape[1])
+        out = coefficients.new_zeros(self.n_subkeys, halves.shape[1])
         add_to_rows_(out, segments, coefficients, halves)
         return out
 

@@ -31,10 +31,10 @@ def _step(
     memories, tokens, heads, width = query.shape
     sub_scores, sub_slots = sub_scores.contiguous(), sub_slots.contiguous()
     if mask is None:
-        pairs = query.new_full((memories,), max(tokens * heads, 1))
+        pairs = sub_scores.new_full((memories,), max(tokens * heads, 1))
     else:
         mask = mask.contiguous()
-        pairs = (mask.sum(1, dtype=query.dtype) * heads).clamp_min(1)  # no token: no usage, no step
+        pairs = (mask.sum(1, dtype=sub_scores.dtype) * heads).clamp_min(1)  # no token: no usage, no step
     selected = Selected.of(sub_slots, memories, n, mask)
     segments = selected.by_subkey()
     out = torch.empty_like(sub_scores)
@@ -81,7 +81,7 @@ def backward(
     grad = grad.contiguous()
     grad_rows = grad.view(-1, half)
 
-    grad_query = (selected.times(coefficients, grad_rows) * -rate).view(query.shape)
+    grad_query = (selected.times(coefficients, grad_rows) * -rate).view(query.shape).to(query.dtype)
     if score == "idw":
         sums = selected.sums(segments, coefficients).view(*grad.shape[:-1], 1)
         grad_keys = torch.addcmul(grad, sums, grad, value=rate)

@@ -8,7 +8,7 @@ from fwpkm.ops.kernels.weighted_sum import weighted_sum
 
 
 def forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    out = values.new_empty((*slots.shape[:-1], values.shape[1]))
+    out = weights.new_empty((*slots.shape[:-1], values.shape[1]))
     index, weights = _by_token(slots), _by_token(weights)
     weighted_sum(out.view(index.shape[0], values.shape[1]), values.contiguous(), index, weights)
     return out

@@ -99,13 +99,13 @@ def backward(
     undo = -entries.sort(coefficients)
     working = rows.clone(memory_format=torch.contiguous_format)  # the version that the last chunk read
     grad_rows = torch.zeros_like(working)  # G, of the version after the chunk
-    grad_weights = out.new_empty(steps, memories * tokens, fanout)
+    grad_weights = rows.new_empty(steps, memories * tokens, fanout)
     grad_coefficients = torch.zeros_like(grad_weights)
     grad_targets, grad_gates = torch.empty_like(targets), torch.empty_like(gates)
     grad_targets[:, -1:].zero_()  # the last chunk's writes are never read
     grad_gates[:, -1:].zero_()
-    residuals = out.new_empty(memories * tokens, width, dtype=_stored(residual_dtype))
-    grad_reads = out.new_empty(memories * tokens, width)
+    residuals = rows.new_empty(memories * tokens, width, dtype=_stored(residual_dtype))
+    grad_reads = rows.new_empty(memories * tokens, width)
     behind = None if cut is None else _Cut.of(cut, local, sequences)
 
     for s in reversed(range(steps)):
@@ -122,7 +122,7 @@ def backward(
         row_products(grad_weights[s], working, index, grad_reads)
         segment_sum(grad_rows, entries.rows[s], entries.sources[s], weights[s], grad_reads)
 
-    grad_log_coefficients, grad_log_residuals, grad_values = (out.new_empty(0) for _ in range(3))
+    grad_log_coefficients, grad_log_residuals, grad_values = (rows.new_empty(0) for _ in range(3))
     if log is not None or values_need_grad:
         keys, n_sequences = _keys(slots, sequences, n_slots)
         row_keys = _by_row(local, keys, _NO_ROW)

@@ -12,7 +12,7 @@ from fwpkm.ops.kernels.selected_gradient import selected_gradient
 def forward(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memories, tokens, heads, width = query.shape
     n = keys.shape[3]
-    sub_scores = query.new_empty(memories, tokens, heads, 2, k)
+    sub_scores = keys.new_empty(memories, tokens, heads, 2, k)
     sub_slots = torch.empty_like(sub_scores, dtype=torch.int64)
     query = query if query.stride(3) == 1 else query.contiguous()
     best, best_slots = sub_scores, sub_slots
@@ -56,4 +56,4 @@ def backward(
     if score == "idw":  # the coefficients are those of q - K
         grad_halves = torch.addcmul(-grad_halves, coefficients.sum(-1, keepdim=True), halves)
         grad_keys = torch.addcmul(-grad_keys, selected.sums(segments, coefficients), subkeys)
-    return grad_halves.view(query.shape), grad_keys.view(keys.shape)
+    return grad_halves.view(query.shape).to(query.dtype), grad_keys.view(keys.shape)

@@ -53,7 +53,7 @@ def row_products(out: Tensor, table: Tensor, index: Tensor, vectors: Tensor, sou
     """Write the products of ``table [R, D]`` at ``index [P, K]`` with each token's vector to ``out [P, K]``.
 
     Token ``p`` has ``vectors[sources[p]]``, or ``vectors[p]`` without ``sources``. All are contiguous; the product with
-    a row outside ``[0, R)`` is 0. Table and vectors may be float32, bfloat16 or float16.
+    a row outside ``[0, R)`` is 0. Table, vectors and ``out`` may be float32, bfloat16 or float16.
     """
     tokens, fanout = index.shape
     if out.numel() == 0:
@@ -89,12 +89,15 @@ def forms() -> list[Form]:
     return [
         _form("paper", 512, 8),
         _form("bfloat16", 512, 8, table="*bf16", sources=True),
+        _form("bfloat16-vectors", 512, 8, vectors="*bf16"),
         _form("odd", 129, 8),
         _form("wide", 2048, 128),
     ]
 
 
-def _form(name: str, width: int, fanout: int, table: str = "*fp32", sources: bool = False) -> Form:
+def _form(
+    name: str, width: int, fanout: int, table: str = "*fp32", vectors: str = "*fp32", sources: bool = False
+) -> Form:
     columns = Columns.of(width, 4 if table == "*fp32" else 2, _BLOCK)
     return Form(
         name=name,
@@ -103,7 +106,7 @@ def _form(name: str, width: int, fanout: int, table: str = "*fp32", sources: boo
             "out": "*fp32",
             "table": table,
             "index": "*i64",
-            "vectors": "*fp32",
+            "vectors": vectors,
             "sources": "*i64",
             "rows": "i32",
             "fanout": "i32",

@@ -2,7 +2,7 @@
 
 One program a token and block of columns: it loads the token's working rows as tiles of ``UNROLL`` entries, so that the
 loads of a tile are under way together, adds them up, times their weights, stores the read, and from the same registers
-``gate * (target - read)``, rounded by the type it is stored in.
+``gate * (target - read)``, of the read as it is stored. Both are rounded by the type they are stored in.
 
 Bytes moved: ``M P K`` working rows read; ``M P`` rows of targets read, of reads and of residuals written.
 """
@@ -47,11 +47,11 @@ def _kernel(
         at = row[:, None] * width + columns[None, :]
         rows = tl.load(table + at, mask=there[:, None] & inside[None, :], other=0.0)
         sums += rows * weight[:, None]
-    read = tl.sum(sums, 0)
+    read = tl.sum(sums, 0).to(out.dtype.element_ty)
     tl.store(out + place * width + columns, read, mask=inside)
     if WRITES:
-        target = tl.load(targets + place * width + columns, mask=inside, other=0.0)
-        residual = tl.load(gates + place) * (target - read)
+        target = tl.load(targets + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(gates + place) * (target - read.to(tl.float32))
         tl.store(residuals + token * width + columns, residual.to(residuals.dtype.element_ty), mask=inside)
 
 
@@ -66,8 +66,8 @@ def scan_read(
     step: int,
 ) -> None:
     """Write chunk ``step``'s reads of ``table [R, D]`` at ``index [M P, K]`` to ``out[:, step]``, ``[M, S, P, D]``, and
-    its residuals to ``residuals [M P, D]``, of any floating type, unless that is None. All are contiguous, float32
-    else, and the index is in ``[0, R)``.
+    its residuals to ``residuals [M P, D]``, unless that is None. All are contiguous. ``out`` and ``targets`` are of one
+    floating type, residuals of any, the others float32; the index is in ``[0, R)``.
     """
     if out.numel() == 0:
         return
@@ -105,23 +105,26 @@ def forms() -> list[Form]:
         _form("paper", 512, 8),
         _form("last", 512, 8, writes=False),
         _form("bfloat16", 512, 8, residuals="*bf16"),
+        _form("bfloat16-targets", 512, 8, targets="*bf16"),
         _form("odd", 129, 8),
         _form("wide", 2048, 128),
     ]
 
 
-def _form(name: str, width: int, fanout: int, residuals: str = "*fp32", writes: bool = True) -> Form:
+def _form(
+    name: str, width: int, fanout: int, residuals: str = "*fp32", targets: str = "*fp32", writes: bool = True
+) -> Form:
     columns = Columns.of(width)
     return Form(
         name=name,
         kernel=_kernel,
         types={
-            "out": "*fp32",
+            "out": targets,
             "residuals": residuals,
             "table": "*fp32",
             "index": "*i64",
             "weights": "*fp32",
-            "targets": "*fp32",
+            "targets": targets,
             "gates": "*fp32",
             "step": "i32",
             "steps": "i32",

@@ -57,15 +57,16 @@ def _kernel(
         rows = tl.load(
             table + (row[:, None] * width + columns[None, :]), mask=there[:, None] & inside[None, :], other=0.0
         )
-        error = tl.load(targets + at, mask=inside, other=0.0) - tl.load(out + at, mask=inside, other=0.0)
+        target = tl.load(targets + at, mask=inside, other=0.0).to(tl.float32)
+        error = target - tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
         residual = (gate * error).to(residuals.dtype.element_ty)
         tl.store(residuals + token * width + columns, residual, mask=inside)
         products += tl.sum(rows * residual.to(tl.float32)[None, :], 1)
         grad_residual = tl.sum(rows * coefficient[:, None], 0)
         of_gate += grad_residual * error
         grad_target = gate * grad_residual
-        tl.store(grad_targets + at, grad_target, mask=inside)
-        grad_read = tl.load(grad_out + at, mask=inside, other=0.0) - grad_target
+        tl.store(grad_targets + at, grad_target.to(grad_targets.dtype.element_ty), mask=inside)
+        grad_read = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32) - grad_target
         tl.store(grad_reads + token * width + columns, grad_read, mask=inside)
     tl.store(grad_coefficients + token * fanout + entries, products, mask=there)
     tl.store(grad_gates + place, tl.sum(of_gate, 0))
@@ -89,7 +90,8 @@ def scan_write_backward(
     """Write the first five of chunk ``step``, from the gradient ``table [R, D]`` of the version after it.
 
     ``[M P, K]`` and ``[M P, D]`` are the chunk's own, ``[M, S, P, D]`` and ``[M, S, P]`` all chunks'. All are
-    contiguous, float32 but for ``residuals``, of any floating type, and the index, which is in ``[0, R)``.
+    contiguous. ``[M, S, P, D]`` are of one floating type, ``residuals`` of any, the others float32 but for the index,
+    which is in ``[0, R)``.
     """
     memories, steps, tokens, width = out.shape
     if memories * tokens == 0:
@@ -134,12 +136,13 @@ def forms() -> list[Form]:
     return [
         _form("paper", 512, 8),
         _form("bfloat16", 512, 8, residuals="*bf16"),
+        _form("bfloat16-targets", 512, 8, targets="*bf16"),
         _form("odd", 129, 8),
         _form("wide", 2048, 128),
     ]
 
 
-def _form(name: str, width: int, fanout: int, residuals: str = "*fp32") -> Form:
+def _form(name: str, width: int, fanout: int, residuals: str = "*fp32", targets: str = "*fp32") -> Form:
     columns = _columns(width, fanout)
     floats = ("grad_coefficients", "grad_gates", "grad_targets", "grad_reads", "residuals", "table")
     inputs = ("coefficients", "grad_out", "out", "targets", "gates")
@@ -148,7 +151,10 @@ def _form(name: str, width: int, fanout: int, residuals: str = "*fp32") -> Form:
     return Form(
         name=name,
         kernel=_kernel,
-        types=types | {"residuals": residuals} | dict.fromkeys(sizes, "i32"),
+        types=types
+        | {"residuals": residuals}
+        | dict.fromkeys(("grad_targets", "grad_out", "out", "targets"), targets)
+        | dict.fromkeys(sizes, "i32"),
         constants={"UNIT": columns.unit, "ENTRIES": bucket(fanout), "BLOCK": columns.block},
         aligned=tuple(types),
         num_warps=columns.num_warps,

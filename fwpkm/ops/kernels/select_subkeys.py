@@ -23,7 +23,7 @@ _WARPS, _STAGES = 8, 3
 def _kernel(
     sub_scores,  # [M, P, H, 2, k] float32
     sub_slots,  # [M, P, H, 2, k] int64
-    query,  # [M, P, H, 2 * d] float32, strides of the first three below
+    query,  # [M, P, H, 2 * d] float32 or half precision, strides of the first three below
     keys,  # [M, H, 2, n, d] float32, stride of the first below
     tokens,  # P
     heads,  # H
@@ -61,7 +61,7 @@ def _kernel(
         norms = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start in range(0, d, BLOCK_D):
             counts = (start + feature < d)[None, :]
-            q = tl.load(query_rows + start, mask=p_counts[:, None] & counts, other=0.0)
+            q = tl.load(query_rows + start, mask=p_counts[:, None] & counts, other=0.0).to(tl.float32)
             key = tl.load(key_rows + start, mask=subkey_counts[:, None] & counts, other=0.0)
             products = tl.dot(q, tl.trans(key), products, input_precision="ieee")
             if IDW:
@@ -75,7 +75,7 @@ def _kernel(
     if IDW:
         for start in range(0, d, BLOCK_D):
             counts = (start + feature < d)[None, :]
-            q = tl.load(query_rows + start, mask=p_counts[:, None] & counts, other=0.0)
+            q = tl.load(query_rows + start, mask=p_counts[:, None] & counts, other=0.0).to(tl.float32)
             norms += tl.sum(q * q, 1)
     out = (((m * tokens + p) * heads + h) * 2 + c) * k
     best = tl.where(best == HIGHEST, LOWEST, best)
@@ -91,10 +91,11 @@ def _kernel(
 
 
 def select_subkeys(sub_scores: Tensor, sub_slots: Tensor, query: Tensor, keys: Tensor, score: str, eps: float) -> None:
-    """Write the best sub-keys of ``query [M, P, H, Dk]`` among ``keys [M, H, 2, n, Dk/2]``, all float32.
+    """Write the best sub-keys of ``query [M, P, H, Dk]`` among ``keys [M, H, 2, n, Dk/2]``.
 
-    ``sub_scores`` and ``sub_slots`` (int64) are ``[M, P, H, 2, k]``, contiguous, best first. Only the last dimension of
-    ``query`` and the last four of ``keys`` need to be.
+    All are float32, but the query may be bfloat16 or float16. ``sub_scores`` and ``sub_slots`` (int64) are
+    ``[M, P, H, 2, k]``, contiguous, best first. Only the last dimension of ``query`` and the last four of ``keys`` need
+    to be.
     """
     memories, tokens, heads, width = query.shape
     n, k = keys.shape[3], sub_scores.shape[4]
@@ -133,12 +134,13 @@ def forms() -> list[Form]:
         _form("decode", 1, 8),
         _form("dot", 2048, 32, score="dot"),
         _form("wide", 2048, 128),
+        _form("bfloat16", 2048, 8, query="*bf16"),
         _form("odd", 2048, 8, even=False),
     ]
 
 
-def _form(name: str, tokens: int, k: int, score: str = "idw", even: bool = True) -> Form:
-    pointers = {"sub_scores": "*fp32", "sub_slots": "*i64", "query": "*fp32", "keys": "*fp32"}
+def _form(name: str, tokens: int, k: int, score: str = "idw", even: bool = True, query: str = "*fp32") -> Form:
+    pointers = {"sub_scores": "*fp32", "sub_slots": "*i64", "query": query, "keys": "*fp32"}
     sizes = dict.fromkeys(("tokens", "heads", "n", "d", "k"), "i32") | {"eps": "fp32"}
     strides = dict.fromkeys(("query_stride_m", "query_stride_p", "query_stride_h", "keys_stride_m"), "i32")
     return Form(

@@ -1,7 +1,7 @@
 """Weighted sums of table rows: ``out[p] = sum_j weights[p, j] * table[index[p, j]]``.
 
-One program a token and block of columns: it loads the rows of ``UNROLL`` entries at once, adds them, times their
-weights, in float32 and in the order of the entries, and stores the sum in the dtype of ``out``.
+One program a token and block of columns: it loads its rows as tiles of ``UNROLL`` entries, so that the loads of a tile
+are under way together, adds them up, times their weights, in float32, and stores the sum in the dtype of ``out``.
 
 Bytes moved: ``P K`` rows of the table read, ``P`` rows of ``out`` written, and ``P K`` indices and weights read.
 """
@@ -29,23 +29,23 @@ def _kernel(
     token = tl.program_id(0).to(tl.int64)
     width = units * UNIT
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    inside = columns < width
+    sums = tl.zeros([UNROLL, BLOCK], tl.float32)
     for first in range(0, fanout, UNROLL):
-        for j in tl.static_range(UNROLL):
-            entry = first + j
-            row = tl.load(index + token * fanout + entry, mask=entry < fanout, other=-1).to(tl.int64)
-            weight = tl.load(weights + token * fanout + entry, mask=entry < fanout, other=0.0).to(tl.float32)
-            there = (row >= 0) & (row < rows)
-            inside_row = columns < tl.where(there, width, 0)
-            values = tl.load(table + row * width + columns, mask=inside_row, other=0.0).to(tl.float32)
-            total += tl.where(there, weight, 0.0) * values
-    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
+        entries = first + tl.arange(0, UNROLL)
+        row = tl.load(index + token * fanout + entries, mask=entries < fanout, other=-1).to(tl.int64)
+        weight = tl.load(weights + token * fanout + entries, mask=entries < fanout, other=0.0).to(tl.float32)
+        there = (row >= 0) & (row < rows)
+        at = row[:, None] * width + columns[None, :]
+        values = tl.load(table + at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        sums += tl.where(there, weight, 0.0)[:, None] * values
+    tl.store(out + token * width + columns, tl.sum(sums, 0).to(out.dtype.element_ty), mask=inside)
 
 
 def weighted_sum(out: Tensor, table: Tensor, index: Tensor, weights: Tensor) -> None:
     """Write the sums of ``table [R, D]`` at ``index [P, K]`` to ``out [P, D]``, all contiguous.
 
-    An index outside ``[0, R)``, such as -1, adds nothing. Table and ``out`` may be float32, bfloat16 or float16.
+    An index outside ``[0, R)``, such as -1, adds nothing. Table, weights and ``out`` are float32, bfloat16 or float16.
     """
     tokens, fanout = index.shape
     if out.numel() == 0:
@@ -76,12 +76,13 @@ def forms() -> list[Form]:
     return [
         _form("paper", 512, 8),
         _form("bfloat16", 512, 8, table="*bf16", out="*bf16"),
+        _form("bfloat16-weights", 512, 8, out="*bf16", weights="*bf16"),
         _form("odd", 129, 8),
         _form("wide", 2048, 128),
     ]
 
 
-def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "*fp32") -> Form:
+def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "*fp32", weights: str = "*fp32") -> Form:
     columns = Columns.of(width, 4 if table == "*fp32" else 2)
     return Form(
         name=name,
@@ -90,7 +91,7 @@ def _form(name: str, width: int, fanout: int, table: str = "*fp32", out: str = "
             "out": out,
             "table": table,
             "index": "*i64",
-            "weights": "*fp32",
+            "weights": weights,
             "rows": "i32",
             "fanout": "i32",
             "units": "i32",
