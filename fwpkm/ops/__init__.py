@@ -4,6 +4,7 @@ from fwpkm.ops._implementation import implementation
 from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
 from fwpkm.ops.key_commit import key_commit
+from fwpkm.ops.log_read import PagedLog, log_read
 from fwpkm.ops.memory_read import memory_read
 from fwpkm.ops.memory_scan import memory_scan
 from fwpkm.ops.memory_write import memory_write_
@@ -15,8 +16,10 @@ __all__ = [
     "IndexedLog",
     "Level",
     "Log",
+    "PagedLog",
     "implementation",
     "key_commit",
+    "log_read",
     "memory_read",
     "memory_scan",
     "memory_write_",
