@@ -1,4 +1,4 @@
-"""Read of a server's requests (DESIGN 2.4, section 3): base values plus write logs that live in pages of a shared cache."""
+"""Read of a server's requests (DESIGN 2.4, section 3): base values plus write logs in pages of a shared cache."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def log_read(
 
     Record ``u`` of request ``r`` is ``pages[block_table[r, u // page], u % page]``. It writes ``coefficients / N_s``
     times the residual of the record ``lookahead`` later, if that one is in the same chunk and committed too; ``N_s`` is
-    how often the committed records of its chunk read the slot (paper, equations 6 and 13 to 15; :class:`fwpkm.ops.Log`).
-    What a token gets is bitwise the same whatever else is in the batch.
+    how often the committed records of its chunk read the slot (paper, equations 6 and 13 to 15; as in
+    :class:`fwpkm.ops.Log`). What a token gets is bitwise the same whatever else is in the batch.
 
     Args:
         values: ``[N, Dv]``, the base, float32 (float64 for numerical checks). Never changed.
@@ -120,19 +120,26 @@ def _check(
     requests, lengths = requests[own], lengths[own]
     require_slots("slots", slots[own], values.shape[0])
     require_no_nan("weights", weights[own])
+    blocks, page, _ = page_slots.shape
     _require_between("requests", requests, block_table.shape[0] - 1)
-    _require_between("lengths", lengths, block_table.shape[1] * page_slots.shape[1])
+    _require_between("lengths", lengths, block_table.shape[1] * page)
     if origins is not None:
         _require_between("origins", origins[requests], torch.iinfo(torch.int64).max)
-    _require_between(
-        "block_table", _Blocks.of(block_table, requests, lengths, page_slots.shape[1]).block, page_slots.shape[0] - 1
-    )
+    used = _Blocks.of(block_table, *_readers(requests, lengths)[:2], page)
+    _require_between("block_table", used.block, blocks - 1)
 
 
 def _require_between(name: str, x: Tensor, highest: int) -> None:
     if x.numel():
         low, high = (int(bound) for bound in x.aminmax())
         require(low >= 0 and high <= highest, name, f"in [{low}, {high}]", "numbers in [0, {}]", highest)
+
+
+def _readers(requests: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that read the same records share them: the distinct pairs of a request and a length, and each one's."""
+    span = lengths.amax() + 1 if lengths.numel() else 1
+    pairs, reader = (requests * span + lengths).unique(return_inverse=True)
+    return pairs // span, pairs % span, reader
 
 
 class _Blocks(NamedTuple):
@@ -173,13 +180,10 @@ def _cpu(
     own = (requests >= 0).nonzero().squeeze(-1)
     if own.numel() == 0:
         return out
-    # Tokens that read the same records share them: a reader is a request at one length, a row a slot of one reader.
     page, n_slots = page_slots.shape[1], values.shape[0]
-    span = block_table.shape[1] * page + 1
-    readers, reader = (requests[own] * span + lengths[own]).unique(return_inverse=True)
-    requests, lengths = readers // span, readers % span
+    requests, lengths, reader = _readers(requests[own], lengths[own])
     keys, local = (reader.unsqueeze(1) * n_slots + slots[own]).unique(return_inverse=True)
-    rows = values[keys % n_slots]
+    rows = values.index_select(0, keys % n_slots)
 
     blocks = _Blocks.of(block_table, requests, lengths, page)
     entries, targets = _match(keys, page_slots, blocks, lengths, n_slots)
@@ -189,9 +193,9 @@ def _cpu(
     at, offset = record // page, record % page
     reader = blocks.reader[at]
     record = blocks.place[at] * page + offset
-    origin = torch.zeros_like(readers) if origins is None else origins[requests]
+    origin = torch.zeros_like(requests) if origins is None else origins[requests]
     chunk = _chunk(record, origin[reader], chunk_size)
-    _, counts = (targets * span + chunk).unique_consecutive(return_counts=True)
+    _, counts = (targets * (block_table.shape[1] * page + 1) + chunk).unique_consecutive(return_counts=True)
     coefficients = page_coefficients[blocks.block[at], offset, position] / counts.repeat_interleave(counts)
     carrier = record + lookahead
     stored = (carrier < lengths[reader]) & (_chunk(carrier, origin[reader], chunk_size) == chunk)
@@ -207,18 +211,24 @@ def _match(keys: Tensor, page_slots: Tensor, blocks: _Blocks, lengths: Tensor, n
     reader ``g`` is ``g * n_slots + s``), and which one; a bounded number of entries at a time.
     """
     _, page, fanout = page_slots.shape
+    # Most entries match nothing. The last bits of their slots tell it of all but some 1 in 16.
+    last_bits = max(256, 1 << (16 * keys.numel() - 1).bit_length()) - 1
+    wanted = torch.zeros(last_bits + 1, dtype=torch.bool, device=keys.device)
+    wanted.index_fill_(0, keys % n_slots & last_bits, True)
     entries, targets = [keys.new_empty(0)], [keys.new_empty(0)]
     step = max(1, _MATCHED_AT_ONCE // max(1, page * fanout))
     for first in range(0, blocks.block.numel(), step):
-        _, reader, place, block = (x[first : first + step].view(-1, 1, 1) for x in blocks)
-        logged = page_slots[block.flatten()]
-        record = place * page + torch.arange(page, device=keys.device).unsqueeze(1)
-        counts_in = (record < lengths[reader]) & (logged >= 0)
-        own = torch.where(counts_in, logged + reader * n_slots, -1).flatten()
+        logged = page_slots.index_select(0, blocks.block[first : first + step]).flatten()
+        found = wanted.index_select(0, logged & last_bits).nonzero().squeeze(-1)
+        slot, found = logged[found].long(), found + first * page * fanout
+        record = found // fanout
+        at = record // page
+        reader, record = blocks.reader[at], blocks.place[at] * page + record % page
+        own = torch.where((slot >= 0) & (slot < n_slots) & (record < lengths[reader]), reader * n_slots + slot, -1)
         position = torch.searchsorted(keys, own).clamp_max_(keys.numel() - 1)
-        found = (keys[position] == own).nonzero().squeeze(-1)
-        entries.append(found + first * page * fanout)
-        targets.append(position[found])
+        same = keys[position] == own
+        entries.append(found[same])
+        targets.append(position[same])
     return torch.cat(entries), torch.cat(targets)
 
 

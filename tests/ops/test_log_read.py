@@ -130,6 +130,11 @@ def test_pages_are_not_copied(hot, monkeypatch):
     assert allocated(requests) < 3 * 4000 * 256 * 4 * (0.5 if hot else 0.3)
 
 
+def test_pages_of_others_are_not_copied():
+    requests = draw(0, [50, 20], False, torch.float32, tokens=6, width=16, spare=20000)
+    assert allocated(requests) < requests.arguments["pages"].slots.nbytes / 5
+
+
 def arguments(tokens: int, layout: str = "contiguous") -> Requests:
     requests = draw(2, [9, 0, 5], True, torch.float32, tokens=tokens, residual_dtype=torch.bfloat16)
     if layout == "strided":
