@@ -22,16 +22,33 @@ class Requests(NamedTuple):
     def read(self, **others: Any) -> Tensor:
         return ops.log_read(**self.arguments | others)
 
+    def to(self, device: str) -> Requests:
+        """The same with arguments on ``device``, pages in a buffer of their own again."""
+        moved = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in self.arguments.items()}
+        slots, coefficients, residuals = pages = self.arguments["pages"]
+        dtypes = slots.dtype, coefficients.dtype, residuals.dtype
+        moved["pages"] = empty_pages(*slots.shape, residuals.shape[2], *dtypes, device)
+        for mine, field in zip(moved["pages"], pages, strict=True):
+            mine.copy_(field)
+        return self._replace(arguments=moved)
+
 
 def empty_pages(
-    blocks: int, page: int, fanout: int, width: int, slots: torch.dtype, floats: torch.dtype, residuals: torch.dtype
+    blocks: int,
+    page: int,
+    fanout: int,
+    width: int,
+    slots: torch.dtype,
+    floats: torch.dtype,
+    residuals: torch.dtype,
+    device: str = "cpu",
 ) -> PagedLog:
     """Pages of one layer of two in a buffer of bytes, a record's fields side by side at multiples of 8 bytes. Stale:
     every slot is 0, every number NaN.
     """
     shapes = (fanout, slots), (fanout, floats), (width, residuals)
     sizes = [-(-n * dtype.itemsize // 8) * 8 for n, dtype in shapes]
-    buffer = torch.zeros(blocks, 2, page, sum(sizes), dtype=torch.uint8)
+    buffer = torch.zeros(blocks, 2, page, sum(sizes), dtype=torch.uint8, device=device)
     fields, first = [], 0
     for (n, dtype), size in zip(shapes, sizes, strict=True):
         fields.append(buffer[:, 1, :, first : first + n * dtype.itemsize].view(dtype))
