@@ -80,9 +80,11 @@ def draw_requests(
     slot_dtype: torch.dtype = torch.int32,
     residual_dtype: torch.dtype | None = None,
     spare: int = 2,
+    anywhere: bool = False,
 ) -> Requests:
     """Requests with ``lengths`` records each, on pages in any order between ``spare`` stale ones, and tokens that read
-    any of them after any of its chunks. Some tokens are padding. What must not be touched is NaN or out of range.
+    any of them after any of its chunks, or ``anywhere``. Some tokens are padding. What must not be touched is NaN or
+    out of range.
     """
     needed = [-(-length // page) for length in lengths]
     blocks = sum(needed) + spare
@@ -104,6 +106,7 @@ def draw_requests(
     for t, request in enumerate(requests.tolist()):
         if request >= 0:
             ends = boundaries(lengths[request], chunk_size, origins[request] if origins else 0)
+            ends = list(range(lengths[request] + 1)) if anywhere else ends
             committed[t] = ends[int(draw.integers(len(ends)))]
         else:
             slots[t], weights[t] = 1 << 40, torch.nan

@@ -56,7 +56,8 @@ def log_read(
         block_table: ``[R, max_blocks]`` int32 or int64. What ``lengths`` does not reach may hold anything.
         requests: ``[T]`` int32 or int64, the request of each token; below 0: padding, whose output is 0 and whose other
             arguments may hold anything.
-        lengths: ``[T]`` int64, how many records of its request are committed for the token.
+        lengths: ``[T]`` int64, how many records of its request are committed for the token. They end with a chunk; one
+            that they cut is taken for one of that many records.
         chunk_size: records a chunk.
         lookahead: in records.
         origins: ``[R]`` int64, the record of each request from which on chunks are counted anew (an early commit ended

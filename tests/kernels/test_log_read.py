@@ -29,9 +29,19 @@ def test_read(seed, lengths, early, **sizes):
     assert_read(draw(seed, lengths, early, torch.float32, **sizes))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_chunks_are_counted_anew_from_an_origin(seed):
+    assert_read(draw(seed, [14, 9], True, torch.float32, tokens=3, chunk_size=4))
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_more_chunks_than_pieces(early):
-    assert_read(draw(0, [300, 40], early, torch.float32, tokens=4, chunk_size=2, n=40, page=16))
+    requests = draw(0, [270], early, torch.float32, tokens=2, chunk_size=2, n=40, page=16)
+    requests.arguments["requests"].fill_(0)
+    requests.arguments["lengths"].copy_(torch.tensor([270, 262]))
+    requests.arguments["weights"].nan_to_num_(0.5)
+    requests.arguments["slots"].clamp_(max=39)
+    assert_read(requests)
 
 
 @pytest.mark.parametrize("early", [False, True])

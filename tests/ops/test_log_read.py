@@ -23,6 +23,7 @@ requests_and_sizes = {
     "chunk_size": st.integers(1, 6),
     "lookahead": st.integers(0, 2),
     "early": st.booleans(),
+    "anywhere": st.booleans(),
 }
 
 
@@ -41,6 +42,12 @@ def test_read(seed, lengths, early, **sizes):
     assert_close(out, plain_read(requests))
     assert out.is_contiguous()
     assert torch.equal(requests.arguments["values"], before)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunks_are_counted_anew_from_an_origin(seed):
+    requests = draw(seed, [14, 9], True, tokens=6, chunk_size=4)
+    assert_close(requests.read(), plain_read(requests))
 
 
 @given(**requests_and_sizes)
