@@ -60,6 +60,22 @@ def test_chunks_of_many_steps(early):
     assert_read(requests)
 
 
+def test_one_hit_wherever_it_is():
+    requests = draw(6, [40], False, torch.float32, tokens=1, chunk_size=40, n=3, fanout=2, width=3, page=16)
+    a, slots = requests.arguments, requests.records[0][0]
+    a["requests"].fill_(0)
+    a["lengths"].fill_(40)
+    a["slots"].copy_(torch.tensor([[1, 2]]))
+    a["weights"].fill_(1.0)
+    a["pages"].slots.zero_()
+    for u in range(39):
+        slots.zero_()[u, 1] = 1
+        place = a["pages"].slots[a["block_table"][0, u // 16], u % 16]
+        place[1] = 1
+        assert_read(requests)
+        place[1] = 0
+
+
 def test_many_slots_a_token_and_wide_values():
     assert_read(draw(2, [20, 33], True, torch.float32, tokens=2, chunk_size=9, n=50, fanout=70, width=530, page=16))
 
