@@ -35,7 +35,8 @@ def forward(
     sums = values.new_empty(min(turn, slots.shape[0]), pieces, width)
     for first in range(0, slots.shape[0], turn):
         reads = out[first : first + turn]
-        mine, own = sums[: reads.shape[0]], [x[first : first + turn] for x in by_token]
-        log_pieces(mine, *own[:2], pages, block_table, *own[2:], origins, n_slots, chunk_size, lookahead)
-        log_total(reads, mine, values, *own, origins, block_table.shape[0], capacity, chunk_size)
+        mine = sums[: reads.shape[0]]
+        s, w, r, n = (x[first : first + turn] for x in by_token)
+        log_pieces(mine, s, w, pages, block_table, r, n, origins, n_slots, chunk_size, lookahead)
+        log_total(reads, mine, values, s, w, r, n, origins, block_table.shape[0], capacity, chunk_size)
     return out
