@@ -139,7 +139,7 @@ def _require_between(name: str, x: Tensor, highest: int) -> None:
 def _readers(requests: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens that read the same records share them: the distinct pairs of a request and a length, and each one's."""
     span = lengths.amax() + 1 if lengths.numel() else 1
-    pairs, reader = (requests * span + lengths).unique(return_inverse=True)
+    pairs, reader = (requests.long() * span + lengths).unique(return_inverse=True)
     return pairs // span, pairs % span, reader
 
 

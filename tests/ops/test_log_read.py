@@ -42,6 +42,10 @@ def test_read(seed, lengths, early, **sizes):
     assert_close(out, plain_read(requests))
     assert out.is_contiguous()
     assert torch.equal(requests.arguments["values"], before)
+    narrow = {name: requests.arguments[name].int() for name in ("requests", "block_table")}
+    wide = {name: requests.arguments[name].long() for name in ("requests", "block_table")}
+    assert torch.equal(requests.read(**narrow), out)
+    assert torch.equal(requests.read(**wide), out)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -200,6 +204,20 @@ def test_no_gradient_and_no_transforms():
         torch.func.vmap(lambda v: requests.read(values=v))(values.expand(2, -1, -1))
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda v: requests.read(values=v), (values,), (values,))
+
+
+def test_a_large_request_number_is_a_number():
+    """32-bit request numbers times lengths need more bits."""
+    requests = draw(7, [40], False, tokens=2, chunk_size=5)
+    a = requests.arguments
+    last = (1 << 31) // 40
+    table = a["block_table"].expand(last + 1, -1)
+    mine = torch.full((2,), last, dtype=torch.int32)
+    a["slots"].clamp_(max=5)
+    a["weights"].nan_to_num_(0.5)
+    a["lengths"].fill_(40)
+    want = plain_read(requests._replace(arguments=a | {"requests": mine * 0}))
+    assert_close(requests.read(block_table=table, requests=mine), want)
 
 
 def test_flops_of_the_base():
