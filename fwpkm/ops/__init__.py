@@ -5,6 +5,7 @@ from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
 from fwpkm.ops.gated_delta_rule import gated_delta_rule
 from fwpkm.ops.key_commit import key_commit
+from fwpkm.ops.log_read import PagedLog, log_read
 from fwpkm.ops.memory_read import memory_read
 from fwpkm.ops.memory_scan import memory_scan
 from fwpkm.ops.memory_write import memory_write_
@@ -16,9 +17,11 @@ __all__ = [
     "IndexedLog",
     "Level",
     "Log",
+    "PagedLog",
     "gated_delta_rule",
     "implementation",
     "key_commit",
+    "log_read",
     "memory_read",
     "memory_scan",
     "memory_write_",
