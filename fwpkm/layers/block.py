@@ -38,7 +38,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         self.mixer_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = _mixer(config, layer_idx)
         self.mlp_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = _product_key_memory(config) if layer_idx in config.pkm_layers else Qwen3MLP(config)
+        self.mlp = product_key_memory(config) if layer_idx in config.pkm_layers else Qwen3MLP(config)
 
     def forward(
         self,
@@ -82,7 +82,8 @@ def _mixer(config: Any, layer_idx: int) -> nn.Module:
     return mixer
 
 
-def _product_key_memory(config: Any) -> ProductKeyMemory:
+def product_key_memory(config: Any) -> ProductKeyMemory:
+    """A product-key memory as ``config`` (a :class:`fwpkm.models.FwPKMConfig`) describes it."""
     return ProductKeyMemory(
         config.hidden_size,
         n_subkeys=config.pkm_n_subkeys,

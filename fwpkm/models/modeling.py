@@ -74,7 +74,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            DecoderBlock(config, i, _memory(config) if i in (config.fwpkm_layers or ()) else None)
+            DecoderBlock(config, i, memory_layer(config) if i in (config.fwpkm_layers or ()) else None)
             for i in range(config.num_hidden_layers)
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -248,7 +248,8 @@ def _mean(gates: Tensor, mask: Tensor | None) -> Tensor:
     return gates.mean() if mask is None else torch.where(mask, gates, 0).sum() / (mask.sum() * gates.shape[0])
 
 
-def _memory(config: FwPKMConfig) -> FwPKM:
+def memory_layer(config: FwPKMConfig) -> FwPKM:
+    """A memory layer as ``config`` describes it."""
     return FwPKM(
         config.hidden_size,
         n_subkeys=config.fwpkm_n_subkeys,

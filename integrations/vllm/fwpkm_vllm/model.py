@@ -1,0 +1,158 @@
+"""The language model in vLLM: its attention, linear, embedding and norm layers, and fwpkm's memory layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.qwen2 import Qwen2MLP
+from vllm.model_executor.models.qwen3 import Qwen3Attention
+
+from fwpkm.checks import require
+from fwpkm.layers.block import product_key_memory
+from fwpkm.layers.fwpkm import FwPKM
+from fwpkm.layers.pkm import ProductKeyMemory
+from fwpkm.models.configuration import FwPKMConfig
+from fwpkm.models.modeling import memory_layer
+from fwpkm_vllm.pages import RecordPages
+from fwpkm_vllm.records import log_layout, recent_layout, window
+from fwpkm_vllm.step import Step, serve
+
+# The parts of vLLM's fused projections, as checkpoints have them.
+FUSED = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+MEMORY = ("keys", "values")  # tensors of a memory layer that may be buffers
+
+
+class MemoryPages(nn.Module):
+    """The pages of a memory layer: its write log, and what the next few tokens need."""
+
+    def __init__(self, config: FwPKMConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        n, values = config.fwpkm_n_subkeys, config.fwpkm_value_dim
+        dense = 4 * n * (n * values + config.fwpkm_heads * config.fwpkm_key_dim)
+        recent = recent_layout(config, vllm_config.model_config.dtype)
+        self.log = RecordPages(log_layout(config), None, vllm_config, f"{prefix}.log", dense)
+        self.recent = RecordPages(recent, window(config), vllm_config, f"{prefix}.recent")
+
+
+class DecoderBlock(nn.Module):
+    """:class:`fwpkm.layers.block.DecoderBlock` for the tokens of many requests."""
+
+    def __init__(self, config: FwPKMConfig, index: int, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.memory = self.pages = None
+        if index in (config.fwpkm_layers or ()):
+            self.memory = memory_layer(config)
+            self.pages = MemoryPages(config, vllm_config, f"{prefix}.pages")
+        sliding = (config.layer_types or ())[index] == "sliding_attention"
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = Qwen3Attention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            rope_parameters=config.rope_parameters,
+            max_position=vllm_config.model_config.max_model_len,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            qkv_bias=config.attention_bias,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mixer",
+            per_layer_sliding_window=config.sliding_window if sliding else None,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if index in (config.pkm_layers or ()):
+            self.mlp: nn.Module = product_key_memory(config)
+        else:
+            self.mlp = Qwen2MLP(
+                config.hidden_size,
+                config.intermediate_size,
+                config.hidden_act,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.mlp",
+            )
+
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        if self.memory is not None and self.pages is not None:
+            batch, log = self.pages.log.current(hidden.shape[0], hidden.device)
+            _, recent = self.pages.recent.current(hidden.shape[0], hidden.device)
+            tokens = batch.requests.shape[0]
+            read = serve(self.memory, hidden[:tokens], Step(batch, log, recent))
+            hidden = read if tokens == hidden.shape[0] else torch.cat((read, hidden[tokens:]))  # padding
+        hidden = hidden + self.mixer(positions, self.mixer_norm(hidden))
+        normed = self.mlp_norm(hidden)
+        if isinstance(self.mlp, ProductKeyMemory):
+            return hidden + self.mlp(normed.unsqueeze(0)).squeeze(0)
+        return hidden + self.mlp(normed)
+
+
+class FwPKMForCausalLM(nn.Module):
+    """:class:`fwpkm.models.FwPKMForCausalLM` as vLLM runs models; it loads the same checkpoints."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        start = f"{prefix}." if prefix else ""
+        self.blocks = nn.ModuleList(
+            DecoderBlock(config, i, vllm_config, f"{start}blocks.{i}") for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states ``[T, D]`` of the step's tokens ``input_ids [T]``."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        for block in self.blocks:
+            hidden = block(positions, hidden)
+        return self.norm(hidden)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Of some tokens' hidden states."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint of :class:`fwpkm.models.FwPKMForCausalLM`; every tensor of the model has to be in it."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        loaded = set()
+        for name, tensor in weights:
+            *path, part, kind = name.split(".")
+            shard: list[Any] = []
+            if part in FUSED:
+                fused, *shard = FUSED[part]
+                name = ".".join((*path, fused, kind))
+            parameter = own[name]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *shard)
+            loaded.add(name)
+        needed = {name for name, _ in self.named_parameters()} | {
+            f"{path}.{name}" for path, module in self.named_modules() if isinstance(module, FwPKM) for name in MEMORY
+        }
+        absent = needed - loaded - ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
+        require(not absent, "the checkpoint", f"without {', '.join(sorted(absent))}", "one with every tensor")
+        return loaded

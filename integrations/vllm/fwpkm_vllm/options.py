@@ -1,0 +1,57 @@
+"""Which models and options the plugin serves; whatever else is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from fwpkm.checks import require
+from fwpkm.models import FwPKMConfig
+from fwpkm_vllm.commit import CommitAfterPrompt
+
+
+class Options(VerifyAndUpdateConfig):
+    """What vLLM asks about a configuration when it is made, in the process that the user started."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what cannot be served, and let requests ask for ``commit_after_prompt``.
+
+        Raises:
+            ValueError: naming the option, its value and what is expected.
+        """
+        check_model(vllm_config.model_config.hf_config)
+        parallel = vllm_config.parallel_config
+        for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+        ):
+            size = getattr(parallel, name)
+            require(size == 1, name, size, "1: the memory layers are not divided; data_parallel_size copies the model")
+        speculative = vllm_config.speculative_config
+        method = None if speculative is None else speculative.method
+        require(speculative is None, "speculative_config", method, "none: what a memory has stored is not taken back")
+        transfer = vllm_config.kv_transfer_config
+        connector = None if transfer is None else transfer.kv_connector
+        require(transfer is None, "kv_transfer_config", connector, "none: connectors do not know the memories' records")
+        if not vllm_config.use_v2_model_runner:  # whose logits processors are others
+            CommitAfterPrompt.prefix_caching = vllm_config.cache_config.enable_prefix_caching
+            model = vllm_config.model_config
+            model.logits_processors = [*(model.logits_processors or ()), CommitAfterPrompt]
+
+
+def check_model(config: FwPKMConfig) -> None:
+    """Refuse models with layers that cannot be served.
+
+    Raises:
+        ValueError: naming the field of the configuration.
+    """
+    served = ("full_attention", "sliding_attention")
+    for kind in config.layer_types or ():
+        require(kind in served, "layer_types", kind, "{}", " or ".join(served))
+    if config.fwpkm_layers:
+        update = config.fwpkm_key_update
+        expected = "'slow' or 'train_only': with 'fast' every request has keys of its own, which are not served yet"
+        require(update != "fast", "fwpkm_key_update", repr(update), expected)

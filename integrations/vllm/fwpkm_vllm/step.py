@@ -1,0 +1,215 @@
+"""A memory layer on the tokens of many requests at once, whose records live in pages. Nothing here knows vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fwpkm.layers.fwpkm import FwPKM, at_least_float32, zscore
+from fwpkm.memory import MemoryConfig
+from fwpkm.memory.formulas import read_weights, relative_write_scale, write_coefficients
+from fwpkm.ops import PagedLog, log_read, product_key_address
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where the ``T`` tokens of a step stand: pieces of ``R`` requests, one after the other.
+
+    Attributes:
+        starts: ``[R + 1]``, where the piece of each request begins; tokens from the last on are padding.
+        requests: ``[T]``, the request of each token; -1 for padding.
+        positions: ``[T]`` in their requests.
+        computed: ``[R]``, tokens of each request before its piece.
+        longest: the length of the longest piece.
+        origins: ``[R]``, where a request's memory commits early, and chunks count from; 0 for nowhere. None for no
+            request.
+    """
+
+    starts: Tensor
+    requests: Tensor
+    positions: Tensor
+    computed: Tensor
+    longest: int
+    origins: Tensor | None = None
+
+    @classmethod
+    def of(cls, starts: Tensor, lengths: Tensor, tokens: int, longest: int, origins: Tensor | None = None) -> Batch:
+        """From ``starts [R + 1]`` and ``lengths [R]`` of the requests with these pieces, without waiting for a GPU."""
+        starts = starts.long()
+        index = torch.arange(tokens, device=starts.device)
+        requests = torch.searchsorted(starts[1:], index, right=True)
+        pieces = starts[1:] - starts[:-1]
+        computed = (lengths - pieces).long()
+        padding = requests == pieces.shape[0]
+        requests = requests.masked_fill(padding, 0)
+        positions = (computed[requests] + index - starts[requests]).masked_fill(padding, 0)
+        return cls(starts, requests.masked_fill(padding, -1), positions, computed, longest, origins)
+
+    @property
+    def owners(self) -> Tensor:
+        """``[T]`` request numbers that can be used as an index, also of padding."""
+        return self.requests.clamp_min(0)
+
+    def chunks(self, chunk_size: int, positions: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+        """The number of the chunk at ``positions`` of ``requests``, and where it starts."""
+        number = positions // chunk_size
+        if self.origins is None:
+            return number, number * chunk_size
+        origin = self.origins[requests]
+        after = positions - origin
+        since = after // chunk_size
+        later = (origin > 0) & (after >= 0)
+        number = torch.where(later, -(-origin // chunk_size) + since, number)
+        return number, torch.where(later, origin + since * chunk_size, number * chunk_size)
+
+    def rounds(self, chunk_size: int) -> int:
+        """At most how many chunks a piece touches; it does not depend on what is on the device."""
+        return 1 + -(-(self.longest - 1) // chunk_size) + (self.origins is not None and self.longest > 1)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Records of one kind in pages.
+
+    Attributes:
+        fields: ``[blocks, page, width]`` of each field.
+        table: ``[R, B]``, the blocks of each request in their order; what lies outside a request's tokens (or a
+            window of them) may be anything.
+        places: ``[T]``, where the records of the step's tokens go, ``block * page + offset``. Block 0 belongs to
+            nobody: what is to go nowhere goes there.
+    """
+
+    fields: dict[str, Tensor]
+    table: Tensor
+    places: Tensor
+
+    def write(self, name: str, new: Tensor, which: Tensor | None = None) -> None:
+        """Write ``new [T, width]`` into the records of the step's tokens, or of those ``which``."""
+        field = self.fields[name]
+        page = field.shape[1]
+        places = self.places if which is None else torch.where(which, self.places, 0)
+        field.index_put_((places // page, places % page), new.to(field.dtype))
+
+    def read(self, name: str, requests: Tensor, positions: Tensor) -> Tensor:
+        """``[..., width]`` at ``positions`` of ``requests``; anything at a negative position."""
+        field = self.fields[name]
+        page = field.shape[1]
+        positions = positions.clamp_min(0)
+        return field[self.table[requests, positions // page].long(), positions % page]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a memory layer needs to know of a step."""
+
+    batch: Batch
+    log: Pages
+    recent: Pages
+
+
+def serve(memory: FwPKM, hidden: Tensor, step: Step) -> Tensor:
+    """``memory`` on ``hidden [T, D]``: reads, and writes the records of these tokens.
+
+    What a token gets is a function of the records of its own request before it, and equals what
+    :meth:`fwpkm.layers.FwPKM.forward` gives for that request alone.
+    """
+    query_input, gate_input = _inputs(memory, hidden, step)
+    query = memory.query(query_input).unflatten(-1, (memory.heads, -1))
+    target = zscore(memory.value(memory.value_norm(hidden)))
+    gate = at_least_float32(memory.gate(gate_input)).sigmoid()
+    read = read_and_write(memory.keys, memory.values, memory.config, query, target, gate, step)
+    mixed = gate * read + (1 - gate) * target
+    return hidden + memory.output(memory.output_norm(mixed.to(hidden.dtype)))
+
+
+def _inputs(memory: FwPKM, hidden: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """The inputs of the query and of the gate, ``[T, D]``."""
+    batch, recent = step.batch, step.recent
+    if memory.query_conv is None or memory.gate_conv is None:
+        return memory.query_norm(hidden), memory.gate_norm(hidden)
+    reach, requests = memory.query_conv.width - 1, batch.computed.shape[0]
+    if reach:
+        recent.write("inputs", hidden)
+    number = torch.arange(requests, device=hidden.device).unsqueeze(1)
+    before = torch.arange(-reach, 0, device=hidden.device)
+    back = batch.computed.unsqueeze(1) + before
+    # All pieces in one row, each behind the inputs that came before it.
+    row = hidden.new_zeros(hidden.shape[0] + requests * reach, hidden.shape[1])
+    owner = torch.where(batch.requests < 0, requests - 1, batch.requests)
+    place = torch.arange(hidden.shape[0], device=hidden.device) + (owner + 1) * reach
+    row.index_put_((place,), hidden)
+    if reach:
+        past = torch.where((back >= 0).unsqueeze(-1), recent.read("inputs", number, back), 0)
+        row.index_put_((batch.starts[:-1].unsqueeze(1) + (number + 1) * reach + before,), past)
+    query_row, gate_row = memory.query_norm(row).unsqueeze(0), memory.gate_norm(row).unsqueeze(0)
+    return memory.query_conv(query_row)[0, place], memory.gate_conv(gate_row)[0, place]
+
+
+def read_and_write(
+    keys: Tensor, values: Tensor, config: MemoryConfig, query: Tensor, target: Tensor, gate: Tensor, step: Step
+) -> Tensor:
+    """Section 2 of docs/design.md for the tokens of a step.
+
+    Args:
+        keys: ``[H, 2, n, Dk/2]``, which no request moves.
+        values: ``[N, Dv]``, what every request starts from; not changed.
+        config: how the memories read and write.
+        query: ``[T, H, Dk]``.
+        target: ``[T, Dv]``.
+        gate: ``[T, 1]``.
+        step: where the tokens stand, and their records, which are written.
+
+    Returns:
+        The reads, ``[T, Dv]``; 0 for padding.
+    """
+    batch, log, recent = step.batch, step.log, step.recent
+    found = product_key_address(
+        query.to(keys.dtype).unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps
+    )
+    slots, weights = found[1][0].flatten(1), read_weights(found[0], config)[0]
+    number, start = batch.chunks(config.chunk_size, batch.positions, batch.owners)
+    log.write("slots", slots)
+    log.write("coefficients", _coefficients(weights, start, config, batch))
+    recent.write("gates", gate)
+
+    # Addresses do not depend on values: only what is read does, chunk after chunk of a piece.
+    everyone = torch.arange(batch.computed.shape[0], device=query.device)
+    first, _ = batch.chunks(config.chunk_size, batch.computed, everyone)
+    round_of = number - first[batch.owners]
+    source = batch.positions - config.lookahead
+    stores = (source >= start).unsqueeze(1)
+    fields = log.fields
+    paged = PagedLog(fields["slots"], fields["coefficients"], fields["residuals"])
+    reads = torch.zeros_like(target)
+    for i in range(batch.rounds(config.chunk_size)):
+        here = (round_of == i) & (batch.requests >= 0)
+        requests = torch.where(here, batch.requests, -1)
+        read = log_read(
+            values,
+            slots,
+            weights,
+            paged,
+            log.table,
+            requests,
+            start,
+            config.chunk_size,
+            config.lookahead,
+            batch.origins,
+        )
+        reads = torch.where(here.unsqueeze(1), read, reads)
+        recent.write("reads", read, here)
+        before, its_gate = (recent.read(name, batch.owners, source) for name in ("reads", "gates"))
+        log.write("residuals", torch.where(stores, its_gate * (target - before), 0), here)
+    return reads
+
+
+def _coefficients(weights: Tensor, start: Tensor, config: MemoryConfig, batch: Batch) -> Tensor:
+    """What the tokens' residuals are multiplied with, but for ``1 / N_s``; chunks ``start [T]`` there."""
+    coefficients = write_coefficients(weights, config)
+    if batch.origins is None:
+        return coefficients
+    left = batch.origins[batch.owners] - start  # of a chunk that is cut short
+    length = torch.where((left > 0) & (left < config.chunk_size), left, config.chunk_size)
+    return coefficients * relative_write_scale(config, length).to(coefficients.dtype).unsqueeze(1)

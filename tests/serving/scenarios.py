@@ -1,0 +1,380 @@
+"""What vLLM's engine does with the plugin, against ``fwpkm.models``: run by test_engine.py in a process of its own.
+
+By hand: ``python -m pytest tests/serving/scenarios.py --noconftest -o filterwarnings=default``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+from fwpkm_vllm.pages import RecordPages
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import set_forward_context
+
+torch.set_num_threads(1)
+VOCABULARY = 64
+MODEL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 40,
+    "max_position_embeddings": 4096,
+    "fwpkm_layers": [0, 2],
+    "fwpkm_n_subkeys": 12,
+    "fwpkm_key_dim": 16,
+    "fwpkm_value_dim": 12,  # three blocks of records fit into a page
+    "fwpkm_query_conv": 5,
+    "fwpkm_topk": 4,
+    "fwpkm_chunk_size": 20,  # blocks are of 32 tokens
+    "fwpkm_key_update": "slow",
+    "fwpkm_write_scale": "exact",
+    "pkm_layers": [1],
+    "pkm_n_subkeys": 8,
+    "pkm_key_dim": 8,
+    "pkm_value_dim": 16,
+    "pkm_heads": 2,
+    "pkm_topk": 4,
+    "tie_word_embeddings": True,
+}
+GREEDY = {"temperature": 0.0, "logprobs": 3}
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> FwPKMForCausalLM:
+    """A model in ``folder`` whose logits depend on what its memories hold."""
+    torch.manual_seed(seed)
+    model = FwPKMForCausalLM(FwPKMConfig(**MODEL | fields)).eval()
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.dim() == 2 and "memory" not in name:
+                x *= 4
+        for memory in model.memories():
+            memory.output.weight *= 3
+            memory.gate.bias += 1
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> FwPKMForCausalLM:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make(folder)
+    model.name_or_path = str(folder)
+    return model
+
+
+@contextlib.contextmanager
+def engine(folder: str | Path, **options: Any) -> Iterator[LLM]:
+    """vLLM with little memory, of which every page is dirty."""
+    options = {
+        "dtype": "float32",
+        "block_size": 32,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 77,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 32 << 20,
+        "seed": 0,
+    } | options
+    llm = LLM(str(folder), enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **options)
+    for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(layer, RecordPages):  # whose bytes are those of attention's pages too
+            layer.kv_cache.untyped_storage().fill_(0xFF)  # NaN, and slots below 0
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generate(llm: LLM, texts: list[list[int]], **sampling: Any) -> list[Any]:
+    inputs: list[Any] = [{"prompt_token_ids": text} for text in texts]
+    return llm.generate(inputs, SamplingParams(**GREEDY | sampling), use_tqdm=False)
+
+
+@torch.no_grad()
+def logits(model: FwPKMForCausalLM, ids: list[int], prompt: int, commit: bool = False) -> Tensor:
+    """The model's own, from the last token of the prompt on."""
+    if not commit:
+        return model(torch.tensor([ids])).logits[0, prompt - 1 :]
+    first = model(torch.tensor([ids[:prompt]]), use_cache=True, commit_partial=True)
+    if len(ids) == prompt:
+        return first.logits[0, -1:]
+    rest = model(torch.tensor([ids[prompt:]]), past_key_values=first.past_key_values)
+    return torch.cat((first.logits[0, -1:], rest.logits[0]))
+
+
+def worst(
+    model: FwPKMForCausalLM, text: list[int], completion: Any, greedy: bool = True, commit: bool = False
+) -> float:
+    """The largest difference of a log probability from the model's; tokens have to be the model's too."""
+    ids = list(completion.token_ids)
+    expected = logits(model, text + ids, len(text), commit)[:-1].float().log_softmax(-1)
+    assert len(expected) == len(ids) == len(completion.logprobs)
+    if greedy:
+        assert expected.argmax(-1).tolist() == ids
+    return max(
+        abs(expected[i, t].item() - p.logprob) for i, ps in enumerate(completion.logprobs) for t, p in ps.items()
+    )
+
+
+def check(model: FwPKMForCausalLM, texts: list[list[int]], results: list[Any], **how: Any) -> None:
+    for text, result in zip(texts, results, strict=True):
+        for completion in result.outputs:
+            assert worst(model, text, completion, **how) < 1e-4
+
+
+def test_any_number_of_requests(model):
+    """Chunked prefill with an odd budget, requests that wait for others, 60 decoded tokens across chunk boundaries."""
+    texts = prompts(1, 2, 2500, *torch.randint(1, 300, (29,), generator=torch.Generator().manual_seed(1)).tolist())
+    with engine(model.name_or_path) as llm:
+        check(model, texts, generate(llm, texts, max_tokens=60))
+        check(model, texts[:1], generate(llm, texts[:1], max_tokens=5))
+
+
+def test_memories_matter_and_faults_show(model, monkeypatch):
+    """The comparison would notice: a memory whose chunks are one token off gives other probabilities."""
+    from fwpkm_vllm.step import Batch
+
+    chunks = Batch.chunks
+
+    def late(self: Batch, chunk_size: int, positions: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+        number, start = chunks(self, chunk_size, (positions - 1).clamp_min(0), requests)
+        return number, (start - 1).clamp_min(0)
+
+    monkeypatch.setattr(Batch, "chunks", late)
+    texts = prompts(100)
+    with engine(model.name_or_path) as llm, pytest.raises(AssertionError):
+        check(model, texts, generate(llm, texts, max_tokens=20))
+
+
+def test_a_step_is_tried_without_pages(model):
+    """As vLLM does to find out how much memory a step takes."""
+    with engine(model.name_or_path) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        runner = worker.model_runner
+        with set_forward_context(None, llm.llm_engine.vllm_config, num_tokens=77):
+            hidden = runner.model(torch.zeros(77, dtype=torch.int64), torch.arange(77))
+        assert hidden.shape == (77, 48)
+        assert hidden.isfinite().all()
+        check(model, prompts(50), generate(llm, prompts(50), max_tokens=3))
+
+
+def test_prefixes_are_shared(model):
+    """Prompts that part from a cached one in the middle of a block or chunk, on a block's last token, and after it."""
+    (base,) = prompts(400)
+    other = prompts(200, seed=5)[0]
+    hits = []
+    with engine(model.name_or_path, prefix_cache_retention_interval=None) as llm:
+        check(model, [base], generate(llm, [base], max_tokens=40))
+        for common in (64, 95, 96, 97, 128, 191, 192, 200, 255, 287, 288, 399, 400):
+            text = base[:common] + other
+            results = generate(llm, [text], max_tokens=25)
+            check(model, [text], results)
+            hits.append((common, results[0].num_cached_tokens))
+        results = generate(llm, [base[:300] + other, base[:300] + other[:50], base], max_tokens=25)  # side by side
+        check(model, [base[:300] + other, base[:300] + other[:50], base], results)
+    assert hits == [(common, common // 96 * 96) for common, _ in hits]
+
+
+def test_requests_lose_their_pages(model):
+    texts = prompts(150, 170, 190, 210, 160, 180)
+    with engine(model.name_or_path, num_gpu_blocks_override=130, max_num_batched_tokens=256, max_model_len=512) as llm:
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        preempted = []
+        original = scheduler(llm)._preempt_request
+
+        def counting(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return original(request, *args, **kwargs)
+
+        scheduler(llm)._preempt_request = counting
+        check(model, texts, generate(llm, texts, max_tokens=120))
+        assert preempted
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_several_samples_of_a_prompt(model):
+    """The samples begin in one step, and each needs what the others read of the prompt."""
+    texts = prompts(90, 33, 65, 61)
+    with engine(model.name_or_path, max_num_batched_tokens=300, max_num_seqs=16) as llm:
+        results = generate(llm, texts, max_tokens=50, n=4, temperature=1.0)
+    assert len({tuple(completion.token_ids) for completion in results[0].outputs}) > 1
+    check(model, texts, results, greedy=False)
+
+
+def test_aborted_requests_leave_nothing(model):
+    texts = prompts(200, 120, 64, 300, seed=2)
+    with engine(model.name_or_path) as llm:
+        core, free = llm.llm_engine, scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        names = []
+        for i, text in enumerate(texts):
+            params = SamplingParams(**GREEDY, max_tokens=40)
+            names.append(core.add_request(str(i), {"prompt_token_ids": text}, params) or str(i))
+        finished = {}
+        for step in range(400):
+            for output in core.step():
+                if output.finished:
+                    finished[output.request_id.split("-")[0]] = output
+            if step == 5:  # one while its prompt is read, one while it decodes
+                core.abort_request([names[0], names[3]])
+            if not core.has_unfinished_requests():
+                break
+        survivors = [finished[i] for i in ("1", "2")]
+        check(model, texts[1:3], survivors)
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "fwpkm_query_conv": 0,
+            "fwpkm_value_dim": 32,
+            "fwpkm_lookahead": 2,
+            "fwpkm_chunk_size": 32,
+            "fwpkm_write_scale": "reference",
+        },
+        {"fwpkm_heads": 2, "fwpkm_key_update": "train_only", "fwpkm_score": "dot", "fwpkm_nonlinearity": "relu"},
+        {"fwpkm_log_dtype": "bfloat16", "layer_types": ["sliding_attention"] * 3, "tie_word_embeddings": False},
+        {"layer_types": ["full_attention"] * 3, "fwpkm_query_conv": 0, "fwpkm_lookahead": 0, "pkm_layers": []},
+    ],
+    ids=["reference", "heads", "bfloat16 log", "full attention"],
+)
+def test_other_models(tmp_path, fields):
+    model = make(tmp_path, seed=3, **{"fwpkm_learning_rate": 0.3} | fields)
+    texts = prompts(1, 45, 250, seed=3)
+    with engine(tmp_path) as llm:
+        check(model, texts, generate(llm, texts, max_tokens=45))
+
+
+def test_half_precision(tmp_path):
+    """Rounding differs between implementations; what is compared is how often and how far."""
+    model = make(tmp_path, torch.bfloat16)
+    exact = make(tmp_path / "exact")
+    texts = prompts(60, 200, 333)
+    with engine(tmp_path, dtype="bfloat16") as llm:
+        results = generate(llm, texts, max_tokens=50)
+    ours, theirs, agree = [], [], []
+    for text, result in zip(texts, results, strict=True):
+        completion = result.outputs[0]
+        ids = list(completion.token_ids)
+        expected, true = (logits(m, text + ids, len(text))[:-1].float().log_softmax(-1) for m in (model, exact))
+        for i, token in enumerate(ids):
+            got = completion.logprobs[i][token].logprob
+            ours.append(abs(got - true[i, token].item()))
+            theirs.append(abs(expected[i, token].item() - true[i, token].item()))
+            agree.append(int(expected[i].argmax()) == token)
+    ours, theirs = torch.tensor(ours).median(), torch.tensor(theirs).median()
+    assert ours < 2 * theirs + 0.01, (ours, theirs)  # as far from float32 as transformers in bfloat16
+    assert sum(agree) / len(agree) > 0.85
+
+
+@pytest.mark.parametrize("scale", ["exact", "reference"])
+def test_commit_after_prompt(tmp_path, scale):
+    model = make(tmp_path, fwpkm_write_scale=scale, fwpkm_learning_rate=0.5)
+    texts = prompts(30, 47, 60, 111, 23)  # chunks of 20 tokens
+    asked = [True, True, False, True, True]
+    with engine(tmp_path, enable_prefix_caching=False, num_gpu_blocks_override=150, max_model_len=512) as llm:
+        params = [
+            SamplingParams(**GREEDY, max_tokens=70, extra_args={"commit_after_prompt": True} if flag else None)
+            for flag in asked
+        ]
+        inputs: list[Any] = [{"prompt_token_ids": text} for text in texts]
+        results = llm.generate(inputs, params, use_tqdm=False)
+        for text, flag, result in zip(texts, asked, results, strict=True):
+            assert worst(model, text, result.outputs[0], commit=flag) < 1e-4
+        changed = logits(model, texts[0] + [1] * 9, 30) - logits(model, texts[0] + [1] * 9, 30, commit=True)
+        assert changed.abs().max() > 1e-2, "this prompt must be one where a commit shows"
+        with pytest.raises(VLLMValidationError, match=r"commit_after_prompt is 'yes'; expected true or false"):
+            generate(llm, texts[:1], extra_args={"commit_after_prompt": "yes"})
+
+
+def test_requests_are_followed_to_their_rows():
+    """Removed, added, moved, in this order, as vLLM's batch does it."""
+    from types import SimpleNamespace
+
+    from fwpkm_vllm.commit import CommitAfterPrompt
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=6))
+    followed = CommitAfterPrompt(config, torch.device("cpu"), False)
+    asked = SamplingParams(extra_args={"commit_after_prompt": True})
+
+    def update(removed: list[int], added: list[Any], moved: list[Any]) -> list[int]:
+        followed.update_state(BatchUpdate(batch_size=6, removed=removed, added=added, moved=moved))
+        return followed.origins.tolist()
+
+    start = [(0, asked, [1] * 3, []), (1, SamplingParams(), [1] * 4, []), (2, asked, [1] * 5, [])]
+    assert update([], start, []) == [3, 0, 5, 0, 0, 0]
+    assert update([], [], [(0, 1, MoveDirectionality.SWAP)]) == [0, 3, 5, 0, 0, 0]
+    assert update([1], [], [(2, 1, MoveDirectionality.UNIDIRECTIONAL)]) == [0, 5, 0, 0, 0, 0]
+    assert update([0], [(0, asked, [1] * 7, [])], []) == [7, 5, 0, 0, 0, 0]
+    followed.update_state(None)
+    assert followed.asked
+    assert update([0, 1], [], []) == [0] * 6
+    assert not followed.asked
+
+
+def test_commit_after_prompt_is_refused_where_pages_are_shared(model):
+    with engine(model.name_or_path) as llm, pytest.raises(VLLMValidationError, match="no-enable-prefix-caching"):
+        generate(llm, prompts(5), extra_args={"commit_after_prompt": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; expected 1"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2; expected 1"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config is ngram"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config is"),
+        ({"hf_overrides": {"fwpkm_key_update": "fast"}}, "fwpkm_key_update is 'fast'; expected 'slow' or 'train_only'"),
+        ({"hf_overrides": {"layer_types": ["linear_attention"] * 3}}, "layer_types is linear_attention; expected"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_served_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["blocks.2.memory.values"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"without blocks\.2\.memory\.values"), engine(tmp_path):
+        pass

@@ -1,0 +1,235 @@
+"""What a request gets depends on nobody else: a state machine over everything that can happen to requests and pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+import torch
+from fwpkm_vllm import step as step_module
+from fwpkm_vllm.step import Batch, Pages, Step
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from tests.serving.toy import NOBODY, Server, alone, documents, memory_layer
+
+LENGTH = 36
+ACTIONS = ("add", "join", "step", "preempt", "abort", "finish")
+# Setups: chunk size, lookahead, width of the convolution, records a page of the log and of recent tokens.
+SETUPS = [(4, 1, 3, 5, 3), (5, 2, 0, 2, 4), (3, 0, 4, 4, 4), (7, 1, 2, 3, 2)]
+
+
+def prepare(setup: tuple[int, ...]) -> tuple:
+    chunk_size, lookahead, query_conv, *_ = setup
+    layer = memory_layer(
+        0, query_conv, chunk_size=chunk_size, lookahead=lookahead, write_scale="exact", learning_rate=0.7
+    )
+    # Documents 1, 2 and 3 part from 0 inside a chunk or page, at the end of one, and after the first token.
+    texts = documents(layer, 0, 5, LENGTH, common=(0, 13, 20, 1, 0))
+    return layer, texts, [[alone(layer, text, origin) for origin in (0, 9)] for text in texts]
+
+
+PREPARED = {setup: prepare(setup) for setup in SETUPS}
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests come, are read in pieces beside others, lose their pages, go; each is compared with itself alone."""
+
+    pairs: ClassVar[Counter[tuple[str, str]]] = Counter()  # which action followed which
+    compared = 0
+    reused = 0  # blocks that had belonged to somebody else before
+
+    @initialize(setup=st.sampled_from(SETUPS))
+    def start(self, setup: tuple[int, ...]) -> None:
+        layer, texts, self.expected = PREPARED[setup]
+        self.server = Server(layer, texts, *setup[3:], blocks=30)
+        self.before: str | None = None
+        self.used: set[tuple[str, int]] = set()
+
+    def did(self, action: str) -> None:
+        if self.before is not None:
+            Serving.pairs[self.before, action] += 1
+        self.before = action
+
+    @rule(document=st.integers(0, 4), length=st.integers(1, LENGTH), early=st.booleans())
+    def add(self, document: int, length: int, early: bool) -> None:
+        self.server.add(document, length, 9 if early else 0)
+        self.did("add")
+
+    @precondition(lambda self: self.server.requests)
+    @rule(document=st.integers(0, 4), data=st.data())
+    def join(self, document: int, data: st.DataObject) -> None:
+        """A request that starts from the pages of another's prefix."""
+        other = data.draw(st.sampled_from(self.server.requests))
+        self.server.add(document, LENGTH, other.origin, prefix_of=other)
+        self.did("join")
+
+    @precondition(lambda self: self.server.requests)
+    @rule(data=st.data(), padding=st.integers(0, 2))
+    def step(self, data: st.DataObject, padding: int) -> None:
+        pieces = []
+        for request in self.server.requests:
+            left = request.length - request.computed
+            count = min(left, data.draw(st.sampled_from([0, 1, 1, 2, 3, 5, 9, LENGTH])))
+            if count and self.server.allocate(request, count):
+                pieces.append((request, count))
+        if not pieces:
+            return
+        for kind in ("log", "recent"):
+            now = {(kind, b) for request, _ in pieces for b in request.blocks[kind] if b != NOBODY}
+            Serving.reused += len(now & self.used)
+            self.used |= now
+        spans = [(r.document, r.origin, r.computed, r.computed + count) for r, count in pieces]
+        for (document, origin, first, end), out in zip(spans, self.run(pieces, padding), strict=True):
+            expected = self.expected[document][origin > 0][first:end]
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+            Serving.compared += 1
+        self.did("step")
+
+    def run(self, pieces: list, padding: int) -> list[torch.Tensor]:
+        return self.server.step(pieces, padding)
+
+    @precondition(lambda self: any(r.computed for r in self.server.requests))
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        self.lose(data.draw(st.sampled_from([r for r in self.server.requests if r.computed])))
+        self.did("preempt")
+
+    def lose(self, request) -> None:
+        self.server.preempt(request)
+
+    @precondition(lambda self: self.server.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.server.remove(data.draw(st.sampled_from(self.server.requests)))
+        self.did("abort")
+
+    @precondition(lambda self: any(r.computed == r.length for r in self.server.requests))
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.server.remove(data.draw(st.sampled_from([r for r in self.server.requests if r.computed == r.length])))
+        self.did("finish")
+
+
+def run(machine: type[Serving], **more: object) -> None:
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, **more))
+
+
+def test_what_a_request_gets_depends_on_nobody_else():
+    Serving.pairs.clear()
+    Serving.compared = Serving.reused = 0
+    examples = 4 * settings().max_examples
+    run(Serving, max_examples=examples)
+    assert Serving.compared > 5 * examples
+    assert Serving.reused > examples
+    if examples >= 160:
+        assert set(Serving.pairs) == set(itertools.product(ACTIONS, ACTIONS)), "a pair of actions never happened"
+    if examples >= 1200:
+        assert Serving.compared >= 10_000
+
+
+def expect_failure(machine: type[Serving]) -> None:
+    """Within what the profile ``ci`` draws: other numbers, or what operators refuse (NaN, or a block of no request)."""
+    with pytest.raises((AssertionError, ValueError, IndexError), match=r"not close|holds NaN|expected|out of bounds"):
+        run(machine, max_examples=40, database=None, derandomize=True, print_blob=False, phases=[Phase.generate])
+
+
+# Planted faults: in the server (what vLLM does), and in the layer. Each must be noticed.
+
+
+class Faulty(Serving):
+    def run(self, pieces: list, padding: int) -> list[torch.Tensor]:
+        return self.server.step(pieces, padding, self.change)
+
+    def change(self, step: Step) -> Step:
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        pass
+
+
+def with_tables(step: Step, change) -> Step:
+    log, recent = (dataclasses.replace(x, table=change(x.table.clone())) for x in (step.log, step.recent))
+    return dataclasses.replace(step, log=log, recent=recent)
+
+
+class WrongBlock(Faulty):
+    """The first blocks of two requests are confused."""
+
+    def change(self, step: Step) -> Step:
+        return with_tables(step, lambda table: table.roll(1, 0) if table.shape[0] > 1 else table)
+
+
+class MissingReset(Serving):
+    """A preempted request gets new pages, but goes on where it was."""
+
+    def lose(self, request) -> None:
+        computed = request.computed
+        self.server.preempt(request)
+        if self.server.allocate(request, computed):
+            request.computed = computed
+
+
+class StalePage(Serving):
+    """A preempted request keeps using the pages that were taken from it."""
+
+    def lose(self, request) -> None:
+        computed, blocks = request.computed, {kind: list(x) for kind, x in request.blocks.items()}
+        self.server.preempt(request)
+        request.computed = computed
+        for kind, held in blocks.items():
+            request.blocks[kind] = held
+            for block in held:
+                if block != NOBODY and block in self.server.pools[kind].free:
+                    self.server.pools[kind].free.remove(block)
+                self.server.pools[kind].holders[block] += 1
+
+
+@pytest.mark.parametrize("machine", [WrongBlock, MissingReset, StalePage])
+def test_faults_of_the_server_are_noticed(machine):
+    expect_failure(machine)
+
+
+def _reads_the_open_chunk(self: Batch, chunk_size, positions, requests):
+    number, start = CHUNKS(self, chunk_size, positions, requests)
+    return number, torch.where(start > 0, start + 1, start)
+
+
+def _reads_before_the_start(self: Pages, name, requests, positions):
+    """A request's recent records before its first token are those that stand there."""
+    return READ(self, name, requests, positions.abs())
+
+
+def _writes_what_is_not_its_own(self: Pages, name, new, which=None):
+    WRITE(self, name, new, None)
+
+
+CHUNKS, READ, WRITE = Batch.chunks, Pages.read, Pages.write
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault"),
+    [
+        (Batch, "chunks", _reads_the_open_chunk),
+        (Pages, "write", _writes_what_is_not_its_own),
+        (step_module, "relative_write_scale", lambda config, length: torch.ones_like(length)),
+    ],
+    ids=["open chunk", "other rounds' records", "short chunk"],
+)
+def test_faults_of_the_layer_are_noticed(monkeypatch, owner, name, fault):
+    monkeypatch.setattr(owner, name, fault)
+    if name == "relative_write_scale":  # what only write_scale="reference" has
+        layer = memory_layer(0, chunk_size=4, write_scale="reference", learning_rate=0.2)
+        (text,) = documents(layer, 0, 1, LENGTH)
+        server = Server(layer, [text], 5, 3, blocks=30)
+        request = server.add(0, LENGTH, origin=10)
+        assert server.allocate(request, LENGTH)
+        (out,) = server.step([(request, LENGTH)])
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(out, alone(layer, text, 10), rtol=1e-4, atol=1e-4)
+        return
+    expect_failure(Serving)

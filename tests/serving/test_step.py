@@ -1,0 +1,161 @@
+"""The memory layer on the tokens of many requests gives what ``fwpkm.layers.FwPKM`` gives for each alone."""
+
+import pytest
+import torch
+from fwpkm_vllm.records import MOST, Field, Layout, log_layout, tokens_per_page
+from fwpkm_vllm.step import Batch, Step, serve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fwpkm.models import FwPKMConfig
+from tests.draws import seeds
+from tests.serving.toy import Server, alone, documents, memory_layer
+
+LENGTH = 40
+
+
+@given(
+    seed=seeds,
+    query_conv=st.sampled_from([0, 1, 2, 5]),
+    heads=st.sampled_from([1, 2]),
+    lookahead=st.integers(0, 3),
+    chunk_size=st.integers(1, 9),
+    write_scale=st.sampled_from(["reference", "paper", "exact"]),
+    nonlinearity=st.sampled_from(["softmax", "relu"]),
+    pages=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    origins=st.booleans(),
+    data=st.data(),
+)
+def test_any_cut_into_steps_gives_what_the_layer_gives(
+    seed, query_conv, heads, lookahead, chunk_size, write_scale, nonlinearity, pages, origins, data
+):
+    layer = memory_layer(
+        seed,
+        query_conv,
+        heads,
+        lookahead=lookahead,
+        chunk_size=chunk_size,
+        write_scale=write_scale,
+        nonlinearity=nonlinearity,
+        learning_rate=0.5,
+    )
+    texts = documents(layer, seed, 3, LENGTH)
+    server = Server(layer, texts, *pages, blocks=150)
+    early = [data.draw(st.integers(0, LENGTH // 2)) if origins else 0 for _ in texts]
+    requests = [server.add(i, LENGTH, early[i]) for i in range(3)]
+    got = {i: [] for i in range(3)}
+    while server.requests:
+        pieces = []
+        for request in server.requests:
+            if data.draw(st.booleans()) or request is server.requests[-1]:
+                left = request.length - request.computed
+                count = 1 if data.draw(st.booleans()) else data.draw(st.integers(1, left))
+                assert server.allocate(request, count)
+                pieces.append((request, count))
+        for (request, _), out in zip(pieces, server.step(pieces, padding=data.draw(st.integers(0, 3))), strict=True):
+            got[request.document].append(out)
+        for request in [r for r in server.requests if r.computed == r.length]:
+            server.remove(request)
+    for request in requests:
+        expected = alone(layer, texts[request.document], request.origin)
+        torch.testing.assert_close(torch.cat(got[request.document]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_half_precision_log_rounds_as_the_layer_does():
+    layer = memory_layer(3, 4, lookahead=1, chunk_size=8, write_scale="exact", log_dtype="bfloat16")
+    (text,) = documents(layer, 0, 1, 64)
+    server = Server(layer, [text], 5, 3, blocks=80)
+    request = server.add(0, 64)
+    got = []
+    while request.computed < 64:
+        count = min(11, 64 - request.computed)
+        assert server.allocate(request, count)
+        got += server.step([(request, count)])
+    expected = alone(layer, text)
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
+    exact = memory_layer(3, 4, lookahead=1, chunk_size=8, write_scale="exact")
+    assert (alone(exact, text) - expected).abs().max() > 1e-3, "this document must be one where rounding shows"
+
+
+def test_half_precision_layers_keep_float32_memories():
+    layer = memory_layer(1, 3, chunk_size=8, write_scale="exact").to(torch.bfloat16)
+    text = documents(memory_layer(1, 3, chunk_size=8), 0, 1, 32)[0].to(torch.bfloat16)
+    server = Server(layer, [text], 4, 4, blocks=40)
+    request = server.add(0, 32)
+    got = []
+    for count in (7, 1, 24):
+        assert server.allocate(request, count)
+        got += server.step([(request, count)])
+    assert torch.cat(got).dtype == torch.bfloat16
+    difference = (torch.cat(got) - alone(layer, text)).abs()
+    assert difference.median() < 0.02
+    assert (difference < 0.1).float().mean() > 0.9  # a token in a hundred may take another slot on a near tie
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+def test_layouts_are_aligned_views(a, b, c):
+    layout = Layout(Field("a", torch.bfloat16, a), Field("b", torch.float32, b), Field("c", torch.int32, c))
+    assert 0 <= layout.nbytes - (2 * a + 4 * b + 4 * c) < 4
+    pages = torch.zeros(3, 4, layout.nbytes + 8, dtype=torch.uint8)[:, :, : layout.nbytes]
+    views = layout.views(pages)
+    for i, (name, view) in enumerate(views.items()):
+        assert view.shape == (3, 4, {"a": a, "b": b, "c": c}[name])
+        view.fill_(i + 1)
+    for i, view in enumerate(views.values()):
+        assert (view == i + 1).all()  # no two overlap
+        assert view.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
+
+
+@given(st.integers(1, 1 << 20), st.integers(1, 1 << 14), st.sampled_from([16, 32, 48, 128]))
+def test_records_fill_pages(page_bytes, record_bytes, block):
+    tokens = tokens_per_page(page_bytes, record_bytes, block)
+    assert max(tokens, block) % min(tokens, block) == 0
+    if tokens * record_bytes > page_bytes:  # not even the fewest fit
+        assert tokens % 2 == 1
+    elif tokens < MOST * block:  # or sharing would be coarse
+        assert 2 * tokens * record_bytes > page_bytes
+        assert tokens < block or (tokens + block) * record_bytes > page_bytes
+
+
+def test_a_request_at_the_papers_size_takes_less_than_8_megabytes_a_layer():
+    """Of 4,096 tokens, beside 12 heads of 64 numbers in half precision; dense fast weights are 513 MiB."""
+    config = FwPKMConfig(fwpkm_log_dtype="bfloat16")
+    page = 32 * 2 * 12 * 64 * 2
+    assert log_layout(config).nbytes == 8 * 8 + 2 * 512
+    tokens = tokens_per_page(page, log_layout(config).nbytes, 32)
+    assert 4096 / tokens * page == 4096 * 1536 < 8e6
+
+
+def test_a_batch_says_where_tokens_stand():
+    batch = Batch.of(torch.tensor([0, 3, 3, 5]), torch.tensor([10, 0, 2]), 7, 3)
+    assert batch.requests.tolist() == [0, 0, 0, 2, 2, -1, -1]
+    assert batch.positions.tolist() == [7, 8, 9, 0, 1, 0, 0]
+    assert batch.computed.tolist() == [7, 0, 0]
+
+
+@pytest.mark.parametrize(("longest", "chunk", "rounds"), [(1, 8, 1), (2, 8, 2), (9, 8, 2), (10, 8, 3), (3, 1, 3)])
+def test_rounds_are_enough_and_one_in_decode(longest, chunk, rounds):
+    start = torch.tensor([0, longest])
+    assert Batch.of(start, start[1:], longest, longest).rounds(chunk) == rounds
+    for computed in range(2 * chunk):
+        batch = Batch.of(start, start[1:] + computed, longest, longest)
+        number = batch.chunks(chunk, batch.positions, batch.owners)[0]
+        assert number[-1] - number[0] < rounds
+
+
+def test_a_step_is_one_graph_that_waits_for_nothing():
+    """No part of it looks at what is on the device: neither one decoded token each, nor pieces over many chunks."""
+    layer = memory_layer(1, 3, chunk_size=8, write_scale="exact")
+    texts = documents(layer, 0, 2, 32)
+    whole = torch.compile(serve, fullgraph=True, backend="eager")
+
+    def compiled(step: Step) -> Step:
+        hidden = torch.randn(len(step.batch.requests), 10, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(whole(layer, hidden, step), serve(layer, hidden, step))
+        return step
+
+    for counts in ((1, 1), (20, 9)):
+        server = Server(layer, texts, 4, 4, blocks=40)
+        pieces = [(server.add(i, 32), count) for i, count in enumerate(counts)]
+        assert all(server.allocate(*piece) for piece in pieces)
+        server.step(pieces, padding=1, change=compiled)

@@ -1,0 +1,225 @@
+"""A toy server: requests, pages of records, an allocator, shared prefixes; vLLM's part in a hundred lines.
+
+Everything that nobody may read is poison: free pages, blocks' unused places, the entries of block tables outside a
+request's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from fwpkm_vllm.records import Layout, log_layout, recent_layout, window
+from fwpkm_vllm.step import Batch, Pages, Step, serve
+from torch import Tensor
+
+from fwpkm.layers import FwPKM
+from fwpkm.memory import MemoryConfig
+from fwpkm.models import FwPKMConfig
+
+NOBODY = 0  # the block that padding is written to
+
+
+@dataclass
+class Request:
+    """Somebody who has a document read, from its first token to the last that was asked for."""
+
+    document: int
+    length: int
+    origin: int = 0  # where its memory commits early
+    computed: int = 0
+    blocks: dict[str, list[int]] = field(default_factory=lambda: {"log": [], "recent": []})
+
+
+class Pool:
+    """Blocks of records of one kind: who holds them, and where prefixes of documents can be found."""
+
+    def __init__(self, layout: Layout, page: int, blocks: int) -> None:
+        self.page = page
+        self.bytes = torch.empty(blocks, page, layout.nbytes, dtype=torch.uint8)
+        self.fields = layout.views(self.bytes)
+        self.free = list(range(blocks - 1, NOBODY, -1))
+        self.holders = [0] * blocks
+        self.poison(range(blocks))
+
+    def poison(self, blocks: Sequence[int] | range) -> None:
+        for block in blocks:
+            for x in self.fields.values():
+                x[block] = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+
+    def take(self) -> int:
+        block = self.free.pop()
+        self.holders[block] = 1
+        return block
+
+    def give_back(self, block: int) -> None:
+        if block == NOBODY:
+            return
+        self.holders[block] -= 1
+        if not self.holders[block]:
+            self.poison([block])
+            self.free.insert(len(self.free) // 2, block)  # neither the first nor the last to be taken again
+
+
+class Server:
+    """One memory layer that serves requests for ``documents [T, D]``."""
+
+    def __init__(self, layer: FwPKM, documents: Sequence[Tensor], log_page: int, recent_page: int, blocks: int) -> None:
+        self.layer, self.documents = layer, documents
+        memory = layer.config
+        config = FwPKMConfig(
+            hidden_size=layer.query.in_features,
+            fwpkm_value_dim=layer.values.shape[1],
+            fwpkm_heads=layer.heads,
+            fwpkm_query_conv=0 if layer.query_conv is None else layer.query_conv.width,
+            **{f"fwpkm_{field.name}": getattr(memory, field.name) for field in dataclasses.fields(memory)},
+        )
+        layouts = {"log": log_layout(config), "recent": recent_layout(config, layer.query.weight.dtype)}
+        pages = {"log": log_page, "recent": recent_page}
+        self.pools = {kind: Pool(layouts[kind], pages[kind], blocks) for kind in layouts}
+        self.window = window(config)
+        self.requests: list[Request] = []
+
+    def add(self, document: int, length: int, origin: int = 0, prefix_of: Request | None = None) -> Request:
+        """A request, which starts from as much of what ``prefix_of`` has in pages as the two have in common."""
+        request = Request(document, length, origin)
+        if prefix_of is not None:
+            self.share(request, prefix_of)
+        self.requests.append(request)
+        return request
+
+    def share(self, request: Request, other: Request) -> None:
+        """Use the pages of a common prefix, as far as they are full and the last window is still there."""
+        mine, theirs = self.documents[request.document], self.documents[other.document]
+        shortest = min(len(mine), len(theirs))
+        same = (mine[:shortest] != theirs[:shortest]).any(1)
+        common = int(same.int().argmax()) if bool(same.any()) else shortest
+        limit = min(common, other.computed, request.length - 1)
+        pages = [pool.page for pool in self.pools.values()]
+        for tokens in range(limit, 0, -1):
+            if any(tokens % page for page in pages) or request.origin != other.origin:
+                continue
+            needed = self.blocks_in_window(tokens)
+            if all(other.blocks["recent"][i] != NOBODY for i in needed):
+                break
+        else:
+            return
+        request.computed = tokens
+        request.blocks["log"] = other.blocks["log"][: tokens // pages[0]]
+        recent = other.blocks["recent"][: tokens // pages[1]]
+        request.blocks["recent"] = [block if i in needed else NOBODY for i, block in enumerate(recent)]
+        for kind, pool in self.pools.items():
+            for block in request.blocks[kind]:
+                pool.holders[block] += block != NOBODY
+
+    def blocks_in_window(self, computed: int) -> range:
+        """Of the recent pages, those that the next token needs."""
+        page = self.pools["recent"].page
+        return range(max(0, computed - self.window + 1) // page, -(-computed // page))
+
+    def allocate(self, request: Request, tokens: int) -> bool:
+        """Pages for that many more tokens; what has left the window is given back. False if there are not enough."""
+        recent = self.pools["recent"]
+        for i in range(self.blocks_in_window(request.computed).start):
+            recent.give_back(request.blocks["recent"][i])
+            request.blocks["recent"][i] = NOBODY
+        end = request.computed + tokens
+        missing = {kind: -(-end // pool.page) - len(request.blocks[kind]) for kind, pool in self.pools.items()}
+        if any(missing[kind] > len(pool.free) for kind, pool in self.pools.items()):
+            return False
+        for kind, pool in self.pools.items():
+            request.blocks[kind] += [pool.take() for _ in range(missing[kind])]
+        return True
+
+    def release(self, request: Request) -> None:
+        for kind, pool in self.pools.items():
+            for block in request.blocks[kind]:
+                pool.give_back(block)
+            request.blocks[kind] = []
+
+    def preempt(self, request: Request) -> None:
+        self.release(request)
+        request.computed = 0
+
+    def remove(self, request: Request) -> None:
+        self.release(request)
+        self.requests.remove(request)
+
+    def step(
+        self, pieces: Sequence[tuple[Request, int]], padding: int = 0, change: Callable[[Step], Step] | None = None
+    ) -> list[Tensor]:
+        """Read the next so many tokens of requests, which have their pages; ``padding`` tokens follow."""
+        counts = torch.tensor([count for _, count in pieces])
+        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        lengths = torch.tensor([request.computed + count for request, count in pieces])
+        origins = torch.tensor([request.origin for request, _ in pieces])
+        hidden = [self.documents[r.document][r.computed : r.computed + count] for r, count in pieces]
+        hidden.append(hidden[0].new_full((padding, hidden[0].shape[1]), 0.5))
+        total = int(counts.sum()) + padding
+        batch = Batch.of(starts, lengths, total, int(counts.max()), origins if bool(origins.any()) else None)
+        pages = {}
+        for kind, pool in self.pools.items():
+            width = max(len(request.blocks[kind]) for request, _ in pieces) + 2
+            table = torch.full((len(pieces), width), torch.iinfo(torch.int32).max, dtype=torch.int32)
+            places = []
+            for i, (request, count) in enumerate(pieces):
+                blocks = torch.tensor(request.blocks[kind])
+                table[i, : len(blocks)] = blocks
+                at = torch.arange(request.computed, request.computed + count)
+                places.append(blocks[at // pool.page] * pool.page + at % pool.page)
+            places.append(torch.zeros(padding, dtype=torch.int64))
+            pages[kind] = Pages(pool.fields, table, torch.cat(places))
+        step = Step(batch, pages["log"], pages["recent"])
+        with torch.no_grad():
+            out = serve(self.layer, torch.cat(hidden), change(step) if change else step)
+        for request, count in pieces:
+            request.computed += count
+        return list(out[: total - padding].split(counts.tolist()))
+
+
+def memory_layer(seed: int, query_conv: int = 0, heads: int = 1, **fields: object) -> FwPKM:
+    """A small layer whose keys stay where they are, and whose memory matters."""
+    torch.manual_seed(seed)
+    config = MemoryConfig(topk=3, key_update="train_only", **fields)  # type: ignore[arg-type]
+    layer = FwPKM(10, n_subkeys=5, key_dim=6, value_dim=7, heads=heads, query_conv=query_conv, config=config).eval()
+    with torch.no_grad():
+        layer.gate.bias += 1
+        layer.output.weight *= 4
+    return layer
+
+
+def margin(layer: FwPKM, document: Tensor) -> float:
+    """How far the last slot that a token of ``document`` takes is from the first that it leaves, at the least."""
+    from fwpkm.ops import product_key_address
+
+    with torch.no_grad():
+        x, _, _ = layer._inputs(document.unsqueeze(0), None, None, None)
+        query = layer.query(x).unflatten(-1, (layer.heads, -1))
+        scores = product_key_address(query, layer.keys.unsqueeze(0), layer.keys.shape[2], layer.config.score)[0]
+        k = layer.config.topk
+        return float((scores[..., k - 1] - scores[..., k]).min())
+
+
+def documents(layer: FwPKM, seed: int, count: int, length: int, common: Sequence[int] = ()) -> list[Tensor]:
+    """Random documents without near ties; the ``i``-th begins with ``common[i]`` tokens of the first."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    while len(found) < count:
+        document = torch.randn(length, layer.query.in_features, generator=generator)
+        if found and common:
+            document[: common[len(found)]] = found[0][: common[len(found)]]
+        if margin(layer, document) > 1e-4:
+            found.append(document)
+    return found
+
+
+def alone(layer: FwPKM, document: Tensor, origin: int = 0) -> Tensor:
+    """What :class:`FwPKM` itself gives for ``document``, with an early commit at ``origin``."""
+    with torch.no_grad():
+        if not origin:
+            return layer(document.unsqueeze(0))[0][0]
+        first, state = layer(document[None, :origin])
+        rest, _ = layer(document[None, origin:], state._replace(memory=state.memory.flush()))
+        return torch.cat((first, rest), 1)[0]
