@@ -3,7 +3,7 @@
 import typer
 from transformers.utils import logging as transformers_logging
 
-from fwpkm.cli import demo, evaluate, generate, train
+from fwpkm.cli import demo, doctor, evaluate, export, generate, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -19,3 +19,5 @@ app.command()(demo.variants)
 app.command()(train.train)
 app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
+app.command()(export.export)
+app.command()(doctor.doctor)

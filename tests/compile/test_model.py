@@ -66,7 +66,7 @@ KINDS = [
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize(
     ("kind", "shapes"),
-    [*((kind, WHOLE) for kind in KINDS), (KINDS[0], BROKEN), (KINDS[2], BROKEN), (KINDS[0], MIXED)],
+    [(KINDS[0], MIXED), (KINDS[1], WHOLE), (KINDS[2], BROKEN), (KINDS[3], WHOLE)],
     ids=str,
 )
 def test_training_is_one_graph_for_every_shape(kind, shapes):
@@ -135,16 +135,13 @@ def test_generated_code_is_eagers_and_copies_no_values():
     eager = copy.deepcopy(model)
     place = model.memories()[0].values.data_ptr()
     for either in (model, eager):
-        step(either, either, tokens(2, 32))  # something is to be written from the first compiled step on
-    compiled = compile_model(model, dynamic=True)
-    code: list[str] = []
-    for shape in ((2, 32), (3, 40)):
-        (loss, grads), found = torch._inductor.utils.run_and_get_code(step, compiled, model, tokens(*shape))
-        want, want_grads = step(eager, eager, tokens(*shape))
-        assert_close(loss, want, rtol=1e-4, atol=1e-4)
-        for name, grad in grads.items():
-            assert_close(grad, want_grads[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        code += found
+        step(either, either, tokens(2, 32))  # something is to be written in the compiled step
+    ids = tokens(3, 40)
+    (loss, grads), code = torch._inductor.utils.run_and_get_code(step, compile_model(model), model, ids)
+    want, want_grads = step(eager, eager, ids)
+    assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        assert_close(grad, want_grads[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     values = model.memories()[0].values
     assert values.data_ptr() == place
     assert_close(values, eager.memories()[0].values)

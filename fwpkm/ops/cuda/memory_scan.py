@@ -43,7 +43,7 @@ def forward(
     index_residuals: Tensor | None,
     levels: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require(not levels, "log", "an IndexedLog", "a Log: an index is read by the CPU implementation")
+    require(index_residuals is None, "log", "an IndexedLog", "a Log: an index is read by the CPU implementation")
     log = _log(log_slots, log_coefficients, log_residuals, log_chunks, log_lengths, lookahead)
     memories, steps, tokens, _ = slots.shape
     n_slots, width = values.shape

@@ -1,0 +1,112 @@
+"""``fwpkm doctor``, as a user calls it, and what it knows of the machine."""
+
+import json
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from rich.console import Console
+
+from fwpkm import __version__
+from fwpkm.compile import environment
+from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
+from tests.children import CONFIG
+from tests.test_commands import run
+
+ONE = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "fwpkm_layers": [0], "fwpkm_n_subkeys": 24}
+LARGE = {"fwpkm_value_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    FwPKMForCausalLM(FwPKMConfig(**CONFIG | ONE | LARGE)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Every model breaks its graph."""
+    forward = FwPKMForCausalLM.forward
+
+    def breaks(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FwPKMForCausalLM, "forward", breaks)
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("FWPKM_CHECK", "1")
+    monkeypatch.delenv("FWPKM_IMPL", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    module = sys.modules["fwpkm.compile.environment"]  # the package has a function of that name
+    monkeypatch.setattr(module, "PACKAGES", ("torch", "transformers", "no-such-package"))
+    found = environment()
+    assert found.versions["torch"] == version("torch")
+    assert found.versions["transformers"] == version("transformers")
+    assert found.versions["fwpkm"] == __version__
+    assert found.versions["no-such-package"] is None
+    assert found.compiler is None
+    assert found.implementations["cpu"] == "reference"
+    assert ("cuda" in found.implementations) == torch.cuda.is_available() == bool(found.gpus)
+    assert found.variables == {"FWPKM_CHECK": "1"}
+    assert {"memory_scan", "memory_scan_backward", "memory_write_"} <= set(found.operators)
+    assert all(hasattr(torch.ops.fwpkm, name) for name in found.operators)
+    assert json.loads(json.dumps(found.to_json()))["versions"] == found.versions
+    with (console := Console(width=300)).capture() as shown:
+        console.print(found.table())
+    lines = shown.get().splitlines()
+    for name, value in (("torch ", version("torch")), ("no-such-package", "not installed"), ("FWPKM_CHECK", "1")):
+        assert any(name in line and value in line for line in lines)
+    assert any("on cpu run" in line and "reference" in line for line in lines)
+
+
+def test_an_implementation_that_cannot_run_is_said(monkeypatch):
+    monkeypatch.setenv("FWPKM_IMPL", "fast")
+    assert "FWPKM_IMPL is 'fast'; expected 'reference' or 'triton'" in environment().implementations["cpu"]
+
+
+def test_doctor():
+    result = run("doctor")
+    assert "Environment" in result.stdout
+    assert version("transformers") in result.stdout
+    assert "Audit" not in result.stdout
+    data = json.loads(run("doctor", "--json").stdout)
+    assert data == {"environment": json.loads(json.dumps(environment().to_json())), "audit": None}
+
+
+def test_doctor_audits_a_model(folder):
+    data = json.loads(run("doctor", "--json", "--model", folder, "--length", 16, "--length", 24).stdout)["audit"]
+    assert data["clean"]
+    assert {graph["phase"] for graph in data["graphs"]} == {"inference"}
+    assert [(x["name"], x["calls"]) for x in data["operators"] if "memory" in x["name"]] == [("fwpkm::memory_scan", 2)]
+    assert {x["input"] for x in data["recompiles"]} <= {1}
+
+
+def test_doctor_audits_training(folder):
+    result = run("doctor", "--model", folder, "--length", 16, "--training")
+    for text in ("forward", "backward", "fwpkm::memory_scan_backward", "Audit", "Environment"):
+        assert text in result.stdout
+
+
+def test_doctor_ends_with_1_if_a_graph_breaks(folder, broken):
+    result = run("doctor", "--json", "--model", folder, "--length", 8, code=1)
+    (found,) = json.loads(result.stdout)["audit"]["breaks"]
+    assert "graph_break()" in found["reason"]
+    assert found["where"].split(":")[0].endswith("tests/compile/test_doctor.py")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "checkpoint is nowhere; expected a folder with config.json"),
+        (["--length", "0"], "length is 0; expected a positive integer"),
+    ],
+)
+def test_doctor_says_what_is_wrong_in_one_line(options, message):
+    result = run("doctor", *options, code=2)
+    assert result.stderr.startswith("fwpkm: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
