@@ -359,6 +359,7 @@ def test_commit_after_prompt_is_refused_where_pages_are_shared(model):
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2; expected 1"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config is ngram"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config is"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager is True; expected false"),
         ({"hf_overrides": {"fwpkm_key_update": "fast"}}, "fwpkm_key_update is 'fast'; expected 'slow' or 'train_only'"),
         ({"hf_overrides": {"layer_types": ["linear_attention"] * 3}}, "layer_types is linear_attention; expected"),
     ],

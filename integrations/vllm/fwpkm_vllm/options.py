@@ -36,6 +36,8 @@ class Options(VerifyAndUpdateConfig):
         transfer = vllm_config.kv_transfer_config
         connector = None if transfer is None else transfer.kv_connector
         require(transfer is None, "kv_transfer_config", connector, "none: connectors do not know the memories' records")
+        single = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        require(not single, "disable_hybrid_kv_cache_manager", single, "false: records are kept for different times")
         if not vllm_config.use_v2_model_runner:  # whose logits processors are others
             CommitAfterPrompt.prefix_caching = vllm_config.cache_config.enable_prefix_caching
             model = vllm_config.model_config
