@@ -36,8 +36,8 @@ def check_plain() -> None:
     generator = torch.Generator().manual_seed(3)
     cotangent = torch.randn(outputs[0].shape, generator=generator, dtype=torch.float64)
     found = [subjects.gradients(output, inputs.leaves(), cotangent) for output in outputs]
-    _compare("plain in float64", ("output",), outputs[1:], outputs[:1], EXACT)
-    _compare("plain in float64", _GRADIENTS, found[1], found[0], EXACT)
+    compare("plain in float64", ("output",), outputs[1:], outputs[:1], EXACT)
+    compare("plain in float64", _GRADIENTS, found[1], found[0], EXACT)
 
 
 def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -> Errors:
@@ -59,7 +59,7 @@ def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -
         expected = reference_memory(exact, case)
     exact = exact.requiring_gradients()
     output = plain.fast_weight_memory(exact, case)
-    _compare("plain in float64", ("output",), [output], [expected], EXACT)
+    compare("plain in float64", ("output",), [output], [expected], EXACT)
     gradients = subjects.gradients(output, exact.leaves(), exact.target.detach())
     del output, exact
     errors = {}
@@ -67,7 +67,7 @@ def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -
         differentiable = inputs.requiring_gradients()
         output = memory(differentiable, case)
         found = subjects.gradients(output, differentiable.leaves(), inputs.target)
-        errors[name] = _compare(name, ("output", *_GRADIENTS), (output, *found), (expected, *gradients), TOLERANCE)
+        errors[name] = compare(name, ("output", *_GRADIENTS), (output, *found), (expected, *gradients), TOLERANCE)
     return errors
 
 
@@ -87,9 +87,9 @@ def check_released(case: Case, inputs: Inputs) -> dict[str, float]:
     del output, exact
     differentiable = inputs.requiring_gradients()
     output = released.fast_weight_memory(differentiable, case)
-    errors = _compare("released", ("output",), [output], [expected], TOLERANCE)
+    errors = compare("released", ("output",), [output], [expected], TOLERANCE)
     found = subjects.gradients(output, differentiable.leaves(), inputs.target)
-    return errors | _compare("released", _GRADIENTS, found, gradients, float("inf"))
+    return errors | compare("released", _GRADIENTS, found, gradients, float("inf"))
 
 
 def check_layer(case: Case, module: FwPKM, hidden: Tensor) -> dict[str, float]:
@@ -105,13 +105,13 @@ def check_layer(case: Case, module: FwPKM, hidden: Tensor) -> dict[str, float]:
     x = hidden.detach().requires_grad_()
     ours = module(x)[0]
     (found,) = torch.autograd.grad(ours, x, hidden)
-    return _compare("layer", ("output", "gradient of hidden"), (ours, found), (expected, gradient), TOLERANCE)
+    return compare("layer", ("output", "gradient of hidden"), (ours, found), (expected, gradient), TOLERANCE)
 
 
 _GRADIENTS = ("gradient of query", "gradient of target", "gradient of gate")
 
 
-def _compare(
+def compare(
     name: str, what: Sequence[str], found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 ) -> dict[str, float]:
     errors = {}

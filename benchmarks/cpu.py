@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -103,10 +103,7 @@ def main(
         "together with --out: its figures are not for the documentation",
     )
     torch.set_num_threads(threads)
-    if os.getloadavg()[0] > 0.5:  # one busy process next to two threads makes small operators several times slower
-        console.print(
-            f"The machine is not idle (load {os.getloadavg()[0]:.1f}): figures will be too high.", style="red"
-        )
+    warn_if_busy()
     wanted = (*only, *(["parts"] if parts else [])) or SECTIONS
     run(QUICK if quick else Settings(), wanted, out)
     results = json.loads(out.read_text())
@@ -130,22 +127,33 @@ def run(settings: Settings, sections: tuple[str, ...], out: Path, memories: Mapp
         "prefill": lambda: prefill(settings),
         "parts": lambda: parts_of(settings, memories),
     }
-    for section in SECTIONS:
-        if section in sections:
-            console.print(f"measuring {section}", style="dim")
-            measured = {"where": where(), "result": measures[section]()}
-            results: Results = json.loads(out.read_text()) if out.exists() else {}
-            write_atomically(out, json.dumps(results | {section: measured}, indent=1) + "\n")
+    measure_into(out, {section: measures[section] for section in SECTIONS if section in sections}, "benchmarks.cpu")
 
 
-def where() -> Results:
+def warn_if_busy() -> None:
+    """One busy process next to two threads makes small operators several times slower."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        console.print(f"The machine is not idle (load {load:.1f}): figures will be too high.", style="red")
+
+
+def measure_into(out: Path, measures: Mapping[str, Callable[[], Any]], module: str) -> None:
+    """Measure sections and put them into ``out``, each as soon as it is complete; others stay as they are there."""
+    for section, measure in measures.items():
+        console.print(f"measuring {section}", style="dim")
+        measured = {"where": where(module), "result": measure()}
+        results: Results = json.loads(out.read_text()) if out.exists() else {}
+        write_atomically(out, json.dumps(results | {section: measured}, indent=1) + "\n")
+
+
+def where(module: str) -> Results:
     """What a figure was measured on, and when, by which command."""
     return {
         "machine": machine(),
         "load_before": os.getloadavg()[0],
         "version": fwpkm.__version__,
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 
 

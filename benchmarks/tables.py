@@ -22,12 +22,15 @@ NAMES = {
 }
 
 Results = dict[str, Any]
+Tables = dict[str, tuple[str, Callable[[Results], str]]]  # by name: the section, and what makes it a table
 
 
-def everything(results: Results) -> str:
+def everything(results: Results, tables: Tables | None = None) -> str:
     """All tables of the sections that there are."""
     return "\n".join(
-        f"{name}\n\n{make(results[section])}" for name, (section, make) in TABLES.items() if section in results
+        f"{name}\n\n{make(results[section])}"
+        for name, (section, make) in (tables or TABLES).items()
+        if section in results
     )
 
 
@@ -38,10 +41,10 @@ def update(results: Results) -> None:
         write_atomically(path, filled(path.read_text(), results))
 
 
-def filled(text: str, results: Results) -> str:
-    """The text with every table in it that has marks there, made from ``results``."""
-    for name, (section, make) in TABLES.items():
-        start, end = f"<!-- cpu.json: {name} -->\n", f"<!-- end of {name} -->"
+def filled(text: str, results: Results, file: str = "cpu.json", tables: Tables | None = None) -> str:
+    """The text with every table in it that has marks there, made from ``results``, the content of ``file``."""
+    for name, (section, make) in (tables or TABLES).items():
+        start, end = f"<!-- {file}: {name} -->\n", f"<!-- end of {name} -->"
         if start in text and section in results:
             before, rest = text.split(start)
             text = f"{before}{start}\n{make(results[section])}\n{end}{rest.split(end, 1)[1]}"
@@ -56,12 +59,12 @@ def paper(section: Results) -> str:
         rows = {row["backward"]: row for row in result["rows"] if row["name"] == name}
         if rows:
             forward, backward = (rows.get(kind, {}) for kind in (False, True))
-            times = (f(x) for x in (forward, backward) for f in (_time, _over))
+            times = (f(x) for x in (forward, backward) for f in (time_of, _over))
             lines.append([label.format(**result), *times, _gigabytes(forward), _gigabytes(backward)])
     rates = result["machine_rates"]
     head = ["", "Forward", "", "Forward + backward", "", "Peak of forward", "Peak of both"]
-    return _table(head, lines, "lrrrrrr") + (
-        f"\n{_where(section)}. In the same run it copies {rates['copy_gb_per_second']:.1f} GB/s "
+    return table(head, lines, "lrrrrrr") + (
+        f"\n{measured_on(section)}. In the same run it copies {rates['copy_gb_per_second']:.1f} GB/s "
         f"and multiplies matrices at {rates['product_gflop_per_second']:.0f} GFLOP/s.\n"
     )
 
@@ -86,7 +89,7 @@ def rates(section: Results) -> str:
     lines.append(
         ["the machine", "large copy, matrix product", MISSING, decimal(measured[0]), MISSING, decimal(measured[1])]
     )
-    return _table(["", "", "MB", "GB/s", "GFLOP", "GFLOP/s"], lines, "llrrrr")
+    return table(["", "", "MB", "GB/s", "GFLOP", "GFLOP/s"], lines, "llrrrr")
 
 
 def grids(section: Results) -> str:
@@ -98,10 +101,10 @@ def grids(section: Results) -> str:
             names = ("fwpkm", "plain", "released")
             found = [rows.get((name, kind, size), {}) for name in names for kind in (False, True)]
             shown = f"{letter} = {size**2 if letter == 'N' else size:,}"
-            lines.append([shown, *map(_time, found), *map(_megabytes, found[1::2])])
+            lines.append([shown, *map(time_of, found), *map(_megabytes, found[1::2])])
     columns = (f"{name}{what}" for name in ("", "Plain: ", "Released: ") for what in ("forward", "both"))
     head = ["", *columns, "Peak of both", "Plain: peak", "Released: peak"]
-    return _table([x[:1].upper() + x[1:] for x in head], lines, "lrrrrrrrrr")
+    return table([x[:1].upper() + x[1:] for x in head], lines, "lrrrrrrrrr")
 
 
 def growth(section: Results) -> str:
@@ -118,7 +121,7 @@ def growth(section: Results) -> str:
         for grid in SIZES
         for row in section["result"][grid]["growth"]
     ]
-    return _table(["Over", "", "", "Exponent of time", "Largest over smallest", "Exponent of memory"], lines, "lllrrr")
+    return table(["Over", "", "", "Exponent of time", "Largest over smallest", "Exponent of memory"], lines, "lllrrr")
 
 
 def decode(section: Results) -> str:
@@ -130,16 +133,16 @@ def decode(section: Results) -> str:
     for batch, addresses in dict.fromkeys((row["batch"], row["addresses"]) for row in rows):
         found = [cells[batch, addresses, context] for context in contexts]
         longest, mean = max(row["ratio"] for row in found), found[-1]["mean_of_chunks"]
-        lines.append([str(batch), addresses, *map(_time, found), f"{longest:.2f}×", f"{_three(1e3 * mean)} ms"])
+        lines.append([str(batch), addresses, *map(time_of, found), f"{longest:.2f}×", f"{_three(1e3 * mean)} ms"])
     last = [f"Longest over {length_label(contexts[0])}", f"Mean with commits after {length_label(contexts[-1])}"]
-    return _table(["Batch", "Addresses", *map(length_label, contexts), *last], lines, "rl" + "r" * (len(contexts) + 2))
+    return table(["Batch", "Addresses", *map(length_label, contexts), *last], lines, "rl" + "r" * (len(contexts) + 2))
 
 
 def prefill(section: Results) -> str:
     """Tokens a second by quarter."""
     result = section["result"]
     line = [length_label(result["tokens"]), *map(count, result["tokens_per_second"])]
-    return _table(["Tokens", "First quarter, tokens/s", "Second", "Third", "Last"], [line], "rrrrr")
+    return table(["Tokens", "First quarter, tokens/s", "Second", "Third", "Last"], [line], "rrrrr")
 
 
 def parts(section: Results) -> str:
@@ -154,20 +157,18 @@ def parts(section: Results) -> str:
                 f"`{part['operator']}`",
                 decimal(part["bytes"] / 1e6),
                 decimal(part["flops"] / 1e9),
-                _milliseconds(least),
-                _milliseconds(now),
+                milliseconds(least),
+                milliseconds(now),
                 f"{now / least:.1f}×" if now and least else MISSING,
             ]
         )
     total = sum(part["least_seconds"] for part in result["parts"])
     whole = result["whole"]["seconds"]
-    lines.append(
-        ["forward + backward", "", "", "", _milliseconds(total), _milliseconds(whole), f"{whole / total:.1f}×"]
-    )
+    lines.append(["forward + backward", "", "", "", milliseconds(total), milliseconds(whole), f"{whole / total:.1f}×"])
     head = ["Part", "Operator", "MB", "GFLOP", "Least", "Now", "Now over least"]
     rates = result["rates"]
-    return _table(head, lines, "llrrrrr") + (
-        f"\n{_where(section)}. Least: at {rates['copy_gb_per_second']:.1f} GB/s and "
+    return table(head, lines, "llrrrrr") + (
+        f"\n{measured_on(section)}. Least: at {rates['copy_gb_per_second']:.1f} GB/s and "
         f"{rates['product_gflop_per_second']:.0f} GFLOP/s, the slower of the two.\n"
     )
 
@@ -177,11 +178,11 @@ def operators(section: Results) -> str:
     lines = []
     for name, operator in section["result"]["operators"].items():
         spent = ", ".join(f"`{aten}` {1e3 * seconds:.1f}" for aten, seconds in operator["aten"].items())
-        lines.append([f"`{name}`", str(operator["calls"]), _milliseconds(operator["seconds"]), spent])
-    return _table(["Operator", "Calls", "Time", "Most of it, each by itself, in ms"], lines, "lrrl")
+        lines.append([f"`{name}`", str(operator["calls"]), milliseconds(operator["seconds"]), spent])
+    return table(["Operator", "Calls", "Time", "Most of it, each by itself, in ms"], lines, "lrrl")
 
 
-TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
+TABLES: Tables = {
     "paper": ("paper", paper),
     "rates": ("paper", rates),
     "grids": ("grids", grids),
@@ -193,7 +194,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 }
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], alignment: str) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], alignment: str) -> str:
     rule = ["---:" if side == "r" else "---" for side in alignment]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
@@ -202,7 +203,7 @@ def _over(row: Results) -> str:
     return f"{row['over_fwpkm']:.3g}×" if row else MISSING
 
 
-def _time(row: Results) -> str:
+def time_of(row: Results) -> str:
     """The median with its quartiles."""
     if not row:
         return MISSING
@@ -216,7 +217,7 @@ def _three(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _milliseconds(seconds: float | None) -> str:
+def milliseconds(seconds: float | None) -> str:
     return MISSING if seconds is None else f"{_three(1e3 * seconds)} ms"
 
 
@@ -230,7 +231,7 @@ def _megabytes(row: Results) -> str:
     return MISSING if peak is None else f"{peak / 1e6:.0f} MB"
 
 
-def _where(section: Results) -> str:
+def measured_on(section: Results) -> str:
     where = section["where"]
     machine = where["machine"]
     return (

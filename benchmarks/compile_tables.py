@@ -1,0 +1,89 @@
+"""The tables of docs/compile.md, made from ``results/compile.json``."""
+
+from __future__ import annotations
+
+from benchmarks import tables
+from benchmarks.tables import Results, Tables, measured_on, table, time_of
+from fwpkm.report.labels import MISSING, decimal, length_label, percent
+
+NAMES = {None: "without memory layers", "slow": "with, keys `slow`", "fast": "with, keys `fast`"}
+
+
+def filled(text: str, results: Results) -> str:
+    """The page with every table that has marks in it."""
+    return tables.filled(text, results, "compile.json", TABLES)
+
+
+def step(section: Results) -> str:
+    """A training step compiled and eager."""
+    rows = {(row["key_update"], row["compiled"]): row for row in section["result"]["rows"]}
+    lines = []
+    for kind in dict.fromkeys(kind for kind, _ in rows):
+        compiled, eager = rows[kind, True], rows[kind, False]
+        over = (f"{row['over_without']:.2f}×" for row in (compiled, eager))
+        times = (x for row in zip(map(time_of, (compiled, eager)), over, strict=True) for x in row)
+        lines.append([NAMES[kind], *times, f"{compiled['over_eager']:.2f}×"])
+    head = ["Model", "Compiled", "over without", "Eager", "over without", "Compiled over eager"]
+    size = section["result"]["size"]
+    return table(head, lines, "lrrrrr") + (
+        f"\nHidden {size['hidden']}, {size['blocks']} blocks, vocabulary {size['vocabulary']:,}, "
+        f"batch {size['batch']} of {size['tokens']:,} tokens, memories in blocks "
+        f"{', '.join(map(str, size['memories']))} of `n = {size['n_subkeys']}`, `Dk = {size['key_dim']}`, "
+        f"`Dv = {size['value_dim']}`, chunks of {size['chunk']} tokens. {measured_on(section)}.\n"
+    )
+
+
+def start(section: Results) -> str:
+    """The first step of a process."""
+    lines = [
+        [NAMES[row["key_update"]], row["cache"], f"{row['first']:.1f} s", f"{row['second']:.2f} s"]
+        for row in section["result"]
+    ]
+    head = ["Model", "Inductor's cache", "First step", "Second step"]
+    return table(head, lines, "llrr") + f"\n{measured_on(section)}.\n"
+
+
+def calls(section: Results) -> str:
+    """Calls a step, by length."""
+    rows = section["result"]
+    names = list(dict.fromkeys(name for row in rows for name in row["operators"]))
+    lines = [
+        [f"`{name}`", *(f"{row['operators'].get(name, 0)}, {percent(row['shares'].get(name, 0.0))}" for row in rows)]
+        for name in names
+    ]
+    lines.append(["ATen, called by the graph", *(str(row["aten"]) for row in rows)])
+    lines.append(["ATen, called by operators of ours", *(f"{row['aten_inside']:,}" for row in rows)])
+    lines.append(["time in operators of ours", *(percent(sum(row["shares"].values())) for row in rows)])
+    head = ["Calls, share of time", *(f"T = {row['tokens']:,}" for row in rows)]
+    return table(head, lines, "l" + "r" * len(rows)) + f"\n{measured_on(section)}.\n"
+
+
+def decode(section: Results) -> str:
+    """Time a token, by context."""
+    lines = [
+        [length_label(row["context"]), time_of(row), f"{row['ratio']:.2f}×", f"{1e3 * row['mean']:.3g} ms"]
+        for row in section["result"]
+    ]
+    head = ["Context", "Time a token", "Over the first", "Mean, with a chunk's commit"]
+    return table(head, lines, "rrrr") + f"\n{measured_on(section)}.\n"
+
+
+def overhead(section: Results) -> str:
+    """Microseconds a call."""
+    columns = ("direct", "call", "overhead", "recorded", "recorded_overhead")
+    lines = [
+        [f"`{row['name']}`", *(MISSING if key not in row else f"{decimal(row[key])} µs" for key in columns)]
+        for row in section["result"]
+    ]
+    head = ["Operator", "Implementation", "Call", "Overhead", "Call, recorded", "Overhead, recorded"]
+    return table(head, lines, "lrrrrr") + f"\n{measured_on(section)}.\n"
+
+
+TABLES: Tables = {
+    "step": ("step", step),
+    "paper": ("paper", step),
+    "start": ("start", start),
+    "calls": ("calls", calls),
+    "decode": ("decode", decode),
+    "overhead": ("overhead", overhead),
+}

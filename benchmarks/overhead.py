@@ -1,0 +1,137 @@
+"""What calling an operator costs beyond what it computes: checks of arguments, and torch's dispatcher."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from benchmarks import timing
+from benchmarks.check import WrongResultError
+from fwpkm import ops
+
+Call = Callable[[bool], object]  # of a public operator, with inputs that require gradients or not
+
+
+def calls() -> dict[str, Call]:
+    """Each public operator on as little as it takes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> tuple[Tensor, Tensor]:
+        """The same without and with a gradient."""
+        x = torch.randn(shape, generator=generator)
+        return x, x.clone().requires_grad_()
+
+    def slots(*shape: int) -> Tensor:
+        return torch.randint(64, shape, generator=generator)
+
+    sub_scores, query, keys, values = normal(4, 1, 2, 8), normal(1, 4, 1, 8), normal(1, 1, 2, 8, 4), normal(64, 8)
+    weights, targets, gates = normal(1, 1, 4, 2), normal(1, 1, 4, 8), normal(1, 1, 4)
+    query_of_scan, mask = (
+        tuple(x.detach().unsqueeze(1).requires_grad_(x.requires_grad) for x in query),
+        torch.ones(1, 4),
+    )
+    _, _, scores, sub_slots = ops.product_key_address(query[0], keys[0], 2)
+    selected = scores, scores.clone().requires_grad_()
+    read, rule, decay = slots(1, 1, 4, 2), normal(1, 4, 1, 8), (-torch.rand(1, 4, 1), torch.zeros(1, 4, 1))
+    decay = decay[0], decay[0].clone().requires_grad_()
+    small = torch.full((4, 2), 1e-4)  # many calls write to the same values
+    pages = ops.PagedLog(slots(1, 4, 2), torch.ones(1, 4, 2), torch.ones(1, 4, 8))
+    table, requests, lengths = (
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.int64),
+        torch.full((4,), 4),
+    )
+    return {
+        "product_key_topk": lambda g: ops.product_key_topk(sub_scores[g], 2),
+        "product_key_address": lambda g: ops.product_key_address(query[g], keys[g], 2),
+        "key_commit": lambda g: ops.key_commit(query[g], keys[g], selected[g], sub_slots, None, 1.0),
+        "product_key_scan": lambda g: ops.product_key_scan(query_of_scan[g], keys[g], 2, mask.bool().unsqueeze(1), 1.0),
+        "memory_read": lambda g: ops.memory_read(values[0], read, weights[g]),
+        "memory_write_": lambda g: ops.memory_write_(values[0], read[0, 0], small, targets[0][0, 0]),
+        "memory_scan": lambda g: ops.memory_scan(values[0], read, weights[g], weights[g], targets[g], gates[g]),
+        "log_read": lambda g: ops.log_read(
+            values[0], read[0, 0], weights[0][0, 0], pages, table, requests, lengths, chunk_size=4
+        ),
+        "gated_delta_rule": lambda g: ops.gated_delta_rule(rule[g], rule[g], rule[g], decay[g], decay[g]),
+    }
+
+
+WITHOUT_GRADIENTS = ("memory_write_", "log_read")
+
+
+class _Arguments(TorchDispatchMode):
+    """Keeps what operators of ours are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "fwpkm":
+            self.found.append(args)
+        return operator(*args, **(kwargs or {}))
+
+
+def implementation(name: str) -> Callable[..., Any]:
+    """What computes an operator on the CPU."""
+    found: Callable[..., Any] = import_module(f"fwpkm.ops.{name.removesuffix('_')}")._cpu
+    return found
+
+
+def direct(name: str, call: Call) -> timing.Run:
+    """The operator's CPU implementation with the arguments of ``call``, compared with it.
+
+    Raises:
+        WrongResultError: if the results differ.
+    """
+    with torch.no_grad(), _Arguments() as mode:
+        call(False)
+    (args,) = mode.found
+    compute = implementation(name)
+    mine = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)  # an operator may work in place
+    with torch.no_grad():
+        expected, result = compute(*mine), call(False)
+    outputs = [mine[0]] if expected is None else tree_flatten(expected)[0]  # one that does returns nothing
+    for x, y in zip(tree_flatten(result)[0], outputs, strict=False):  # the public function may return less
+        if not torch.equal(x, y):
+            raise WrongResultError(f"{name}: the operator's result is not its implementation's")
+    return lambda: compute(*args)
+
+
+def measure(repeats: int, count: int) -> list[dict[str, Any]]:
+    """Microseconds a call, medians of ``repeats`` interleaved loops of ``count`` calls.
+
+    The overhead is that of the public function over its implementation, in the loops next to each other.
+    """
+    rows = []
+    for name, call in calls().items():
+        runs = {"direct": _loop(direct(name, call), count, False), "call": _loop(lambda c=call: c(False), count, False)}
+        if name not in WITHOUT_GRADIENTS:
+            runs["recorded"] = _loop(lambda c=call: c(True), count, True)
+        seconds = {key: [x / count for x in found] for key, found in timing.interleaved(runs, repeats).items()}
+        row: dict[str, Any] = {"name": name} | {key: 1e6 * statistics.median(x) for key, x in seconds.items()}
+        row["overhead"] = _median_difference(seconds["call"], seconds["direct"])
+        if "recorded" in seconds:
+            row["recorded_overhead"] = _median_difference(seconds["recorded"], seconds["direct"])
+        rows.append(row)
+    return rows
+
+
+def _loop(run: timing.Run, count: int, gradients: bool) -> timing.Run:
+    def loop() -> None:
+        with torch.set_grad_enabled(gradients):
+            for _ in range(count):
+                run()
+
+    return loop
+
+
+def _median_difference(x: Sequence[float], y: Sequence[float]) -> float:
+    return 1e6 * statistics.median(a - b for a, b in zip(x, y, strict=True))
