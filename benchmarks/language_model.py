@@ -15,7 +15,7 @@ from benchmarks.check import WrongResultError, compare
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
 from fwpkm.models.presets import preset
 
-DRAWS = 10
+TIED = 0.02  # of the length of all gradients, where slots have changed places
 
 
 @dataclass(frozen=True)
@@ -89,25 +89,30 @@ def step(call: Any, model: FwPKMForCausalLM, ids: Tensor) -> FwPKMOutput:
     return output
 
 
-def checked_tokens(name: str, call: Any, model: FwPKMForCausalLM, size: Size, tolerance: float) -> tuple[Tensor, float]:
-    """Tokens ``[B, T]`` for which ``call``, the compiled model, has eager's loss and gradients, and the largest error.
+def check_step(name: str, call: Any, model: FwPKMForCausalLM, ids: Tensor, tolerance: float) -> dict[str, float]:
+    """That ``call``, the compiled model, has eager's loss and gradients: the largest error, the share of other slots.
 
-    Two slots with nearly the same score may change places when a query is rounded otherwise, and everything that is
-    read where they wrote then differs. So tokens are drawn again until the slots of both are the same.
+    Two slots with nearly the same score change places when a query is rounded otherwise (at this size for one token in
+    some hundreds), and everything that is read where they wrote then differs a little. So where slots differ, all
+    gradients together may by 2% of their length; without such ties, at small sizes, tests/compile compares each number.
 
     Raises:
-        WrongResultError: if a loss or gradient differs, or the slots do in every draw.
+        WrongResultError: if a loss or gradient differs by more, or more than 1% of the reads are of other slots.
     """
-    for seed in range(DRAWS):
-        ids = draw(size, seed)
-        (expected, wanted), (output, found) = (_gradients(either, model, ids) for either in (model, call))
-        if all(torch.equal(x, y) for x, y in zip(output.slots or (), expected.slots or (), strict=True)):
-            labels = ("loss", *wanted)
-            if found.keys() != wanted.keys():
-                raise WrongResultError(f"{name}: other parameters have gradients than in eager")
-            results = [output.loss, *found.values()], [expected.loss, *wanted.values()]
-            return ids, max(compare(name, labels, *results, tolerance).values())
-    raise WrongResultError(f"{name}: slots are not those of eager in any of {DRAWS} draws")
+    (expected, wanted), (output, found) = (_gradients(either, model, ids) for either in (model, call))
+    if found.keys() != wanted.keys():
+        raise WrongResultError(f"{name}: other parameters have gradients than in eager")
+    differ = [(x != y).float().mean() for x, y in zip(output.slots or (), expected.slots or (), strict=True)]
+    share = float(torch.stack(differ).mean()) if differ else 0.0
+    if share > 0.01:
+        raise WrongResultError(f"{name}: {share:.2%} of the reads are of other slots than in eager")
+    compare(name, ("loss",), [output.loss], [expected.loss], tolerance)
+    flat = [torch.cat([x.flatten() for x in gradients.values()]) for gradients in (found, wanted)]
+    error = float((flat[0] - flat[1]).norm() / flat[1].norm())
+    limit = tolerance if share == 0 else TIED
+    if not error <= limit:
+        raise WrongResultError(f"{name}: gradients are off by {error:.2g} of their length; expected {limit} at most")
+    return {"error": error, "other_slots": share}
 
 
 def _gradients(call: Any, model: FwPKMForCausalLM, ids: Tensor) -> tuple[FwPKMOutput, dict[str, Tensor]]:
