@@ -3,7 +3,7 @@
 import typer
 from transformers.utils import logging as transformers_logging
 
-from fwpkm.cli import demo, doctor, evaluate, export, generate, train
+from fwpkm.cli import demo, doctor, evaluate, export, generate, session, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -19,5 +19,7 @@ app.command()(demo.variants)
 app.command()(train.train)
 app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
+app.command()(session.read)
+app.command()(session.ask)
 app.command()(export.export)
 app.command()(doctor.doctor)

@@ -49,6 +49,7 @@ class MemoryState:
         committed: records in the log of committed chunks.
         memories: ``M``.
         columns: rows of the batch that share a memory: 1, or ``B`` in the ``shared`` scope.
+        keeps_log: never fold the log into dense values, however long it grows.
     """
 
     config: MemoryConfig
@@ -64,6 +65,7 @@ class MemoryState:
     committed: int | Tensor = 0
     memories: int = 1
     columns: int = 1
+    keeps_log: bool = False
 
     @classmethod
     def start(cls, weights: FastWeights, config: MemoryConfig, batch: int) -> MemoryState:
@@ -370,7 +372,7 @@ class MemoryState:
 
         It looks at sizes only. The open chunk's records stay.
         """
-        if self.log is None:
+        if self.log is None or self.keeps_log:
             return self
         recorded = self.log.coefficients.requires_grad or self.log.residuals.requires_grad
         if recorded or (self.values.requires_grad and torch.is_grad_enabled()):  # a parameter always requires it
