@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import compile as benchmark
-from benchmarks import compile_tables, language_model, overhead, tables, timing
+from benchmarks import compile_tables, overhead, tables, timing
 from benchmarks.check import WrongResultError
 
 pytestmark = pytest.mark.unpoisoned
@@ -108,7 +108,7 @@ def _other_slots(output):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_other_loss, "loss is off"), (_other_gradients, "gradient of .* is off"), (_other_slots, "slots are not those")],
+    [(_other_loss, "loss is off"), (_other_gradients, "gradients are off"), (_other_slots, "reads are of other slots")],
 )
 @pytest.mark.parametrize("section", ["step", "calls"])
 def test_wrong_steps_are_not_timed(section, change, message, tmp_path, monkeypatch):
@@ -118,7 +118,6 @@ def test_wrong_steps_are_not_timed(section, change, message, tmp_path, monkeypat
     monkeypatch.setattr(timing, "interleaved", never)
     monkeypatch.setattr(benchmark, "counted", never)
     monkeypatch.setattr(benchmark, "compile_model", lambda model, dynamic: _Like(model, change))
-    monkeypatch.setattr(language_model, "DRAWS", 2)
     with pytest.raises(WrongResultError, match=message):
         benchmark.run(TINY, (section,), tmp_path / "compile.json")
     assert not (tmp_path / "compile.json").exists()
