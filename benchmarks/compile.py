@@ -24,7 +24,6 @@ from benchmarks import compile_tables, cpu, overhead, tables, timing
 from benchmarks import language_model as lm
 from benchmarks.check import TOLERANCE, compare
 from benchmarks.language_model import Size
-from fwpkm.checks import require
 from fwpkm.cli.console import console
 from fwpkm.compile import compile_model
 from fwpkm.files import write_atomically
@@ -83,16 +82,7 @@ def main(
     ] = RESULTS,
 ) -> None:
     """Compare with eager, measure, and write a JSON file and, for the committed one, the tables of docs/compile.md."""
-    for section in only:
-        require(section in SECTIONS, "--only", section, f"one of {', '.join(SECTIONS)}")
-    require(
-        not quick or out != RESULTS,
-        "--quick",
-        "given",
-        "together with --out: its figures are not for the documentation",
-    )
-    torch.set_num_threads(threads)
-    cpu.warn_if_busy()
+    cpu.prepare(only, SECTIONS, quick and out == RESULTS, threads)
     run(QUICK if quick else Settings(), tuple(only) or SECTIONS, out)
     results = json.loads(out.read_text())
     console.print(tables.everything(results, compile_tables.TABLES), markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -94,16 +94,7 @@ def main(
 
     The documentation's files are written for the committed JSON file only.
     """
-    for section in only:
-        require(section in SECTIONS, "--only", section, f"one of {', '.join(SECTIONS)}")
-    require(
-        not quick or out != RESULTS,
-        "--quick",
-        "given",
-        "together with --out: its figures are not for the documentation",
-    )
-    torch.set_num_threads(threads)
-    warn_if_busy()
+    prepare(only, SECTIONS, quick and out == RESULTS, threads)
     wanted = (*only, *(["parts"] if parts else [])) or SECTIONS
     run(QUICK if quick else Settings(), wanted, out)
     results = json.loads(out.read_text())
@@ -130,8 +121,14 @@ def run(settings: Settings, sections: tuple[str, ...], out: Path, memories: Mapp
     measure_into(out, {section: measures[section] for section in SECTIONS if section in sections}, "benchmarks.cpu")
 
 
-def warn_if_busy() -> None:
-    """One busy process next to two threads makes small operators several times slower."""
+def prepare(only: Sequence[str], sections: Sequence[str], quick_for_documentation: bool, threads: int) -> None:
+    """Check what a benchmark was called with, and set torch's threads."""
+    for section in only:
+        require(section in sections, "--only", section, f"one of {', '.join(sections)}")
+    expected = "together with --out: its figures are not for the documentation"
+    require(not quick_for_documentation, "--quick", "given", expected)
+    torch.set_num_threads(threads)
+    # One busy process next to two threads makes small operators several times slower.
     load = os.getloadavg()[0]
     if load > 0.5:
         console.print(f"The machine is not idle (load {load:.1f}): figures will be too high.", style="red")

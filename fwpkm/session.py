@@ -19,8 +19,6 @@ from fwpkm.memory import FastWeights, MemoryState
 from fwpkm.memory.forget import forget
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
-PIECE = 4096  # tokens read at once
-
 Text = str | bytes | Sequence[int] | Tensor
 
 
@@ -98,7 +96,7 @@ class Session:
         memories = self.memories
         for _ in range(passes):
             cache = self._cache(memories)
-            self._read(tokens, cache)
+            self.model.read(tokens, cache)
             memories = _commit(cache)
         self.memories = memories
         self.readings += (Reading(name, tokens.shape[1]),) * passes
@@ -120,7 +118,7 @@ class Session:
         require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a positive integer")
         tokens = self._tokens("prompt", prompt)
         cache = self._cache(self.memories)
-        self._read(tokens[:, :-1], cache)  # generate() reads the last one
+        self.model.read(tokens[:, :-1], cache)  # generate() reads the last one
         how = {"do_sample": False, "attention_mask": torch.ones_like(tokens)} | how
         known = self.model.generate(tokens, past_key_values=cache, max_new_tokens=max_new_tokens, **how)
         decoder = self.codec.decoder()
@@ -223,11 +221,6 @@ class Session:
         cache = FwPKMCache(self.model.config)
         cache.memories = {i: LayerState(state, None) for i, state in memories.items()}
         return cache
-
-    @torch.no_grad()
-    def _read(self, tokens: Tensor, cache: FwPKMCache) -> None:
-        for piece in tokens.split(PIECE, 1) if tokens.shape[1] else ():
-            self.model(piece, past_key_values=cache, logits_to_keep=1)
 
     def _unused_name(self) -> str:
         number = len(self.documents) + 1

@@ -7,19 +7,15 @@ only then, so that whatever interrupts this leaves an old session or a new one, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import secrets
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
-from fwpkm.files import remove_unfinished, write_atomically
+from fwpkm.files import checksum, remove_unfinished, write_atomically
 from fwpkm.memory import MemoryState
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 from fwpkm.session import Reading, Session, base_of, settled
@@ -71,14 +67,8 @@ def load_session(path: Path, model: FwPKMForCausalLM, codec: Codec | None) -> Se
 def fingerprint(model: FwPKMForCausalLM) -> str:
     """A hash of a model's configuration, as far as it computes by it, and of all its weights."""
     names = sorted(inspect.get_annotations(FwPKMConfig))
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps({name: getattr(model.config, name) for name in names}, sort_keys=True).encode())
-    weights: dict[str, Tensor] = model.state_dict()
-    for name in sorted(weights):
-        x = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    config = json.dumps({name: getattr(model.config, name) for name in names}, sort_keys=True)
+    return checksum(model.state_dict(), config)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -97,4 +87,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+    return checksum({}, json.dumps(content))

@@ -265,7 +265,7 @@ def greedy(model, tokens, count):
 @pytest.mark.parametrize("piece", [4096, 7])
 def test_generate(trained, tmp_path, monkeypatch, piece):
     """The likeliest bytes, from a prompt or a file; however the prompt is cut."""
-    monkeypatch.setattr("fwpkm.cli.generate.PIECE", piece)
+    monkeypatch.setattr("fwpkm.models.modeling._PIECE", piece)
     out, _ = trained
     model = FwPKMForCausalLM.from_pretrained(checkpoint.find(out)).eval()
     prompt = torch.tensor([list(TEXT.encode())])

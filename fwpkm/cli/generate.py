@@ -16,8 +16,6 @@ from fwpkm.data.codec import Codec, Decoder
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from fwpkm.training import checkpoint as checkpoints
 
-PIECE = 4096  # tokens of the prompt read at once
-
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")],
@@ -56,11 +54,9 @@ def generate(
         _generate(model, known.unsqueeze(0).to(model.device), _Printer(codec.decoder()), how)
 
 
-@torch.no_grad()
 def _generate(model: FwPKMForCausalLM, known: Tensor, printer: _Printer, how: dict[str, Any]) -> None:
     cache = FwPKMCache(model.config)
-    for first in range(0, known.shape[1] - 1, PIECE):  # all but the last token, which generate() reads
-        model(known[:, first : min(first + PIECE, known.shape[1] - 1)], past_key_values=cache, logits_to_keep=1)
+    model.read(known[:, :-1], cache)  # generate() reads the last token
     attention_mask = torch.ones_like(known)
     model.generate(known, attention_mask=attention_mask, past_key_values=cache, streamer=printer, **how)
 

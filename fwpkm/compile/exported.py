@@ -88,6 +88,7 @@ class Exported:
             require_dtype(f"state[{name!r}]", state[name], dtype)
         for name, x in {"input_ids": input_ids, **state}.items():
             require(x.device.type == self.device.type, f"{name}.device", x.device, "{}", self.device)
+        # One number a call, which a GPU waits for: past its room a state would be overwritten without an error.
         length, read = input_ids.shape[1], int(state["position"])
         require(length >= 1, "input_ids.shape[1]", length, "at least one token")
         left = self.capacity - read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fwpkm.checks import require
-from fwpkm.files import write_atomically
+from fwpkm.files import checksum, write_atomically
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
@@ -60,7 +59,7 @@ def save_state(state: MemoryState, path: str | Path) -> None:
         "base": _fingerprint(state.base),
     }
     text = json.dumps(header)
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": text, "checksum": _digest(tensors, text)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "state": text, "checksum": checksum(tensors, text)}
     write_atomically(path, save(tensors, metadata))
 
 
@@ -79,7 +78,7 @@ def load_state(path: str | Path, base: FastWeights) -> MemoryState:
         raise ValueError(f"{path} is not a memory state, or damaged: {error}") from error
     require(metadata.get("format") == FORMAT, f"the format of {path}", metadata.get("format"), FORMAT)
     require(metadata.get("version") == str(VERSION), f"the version of {path}", metadata.get("version"), "{}", VERSION)
-    intact = metadata.get("checksum") == _digest(tensors, metadata.get("state", ""))
+    intact = metadata.get("checksum") == checksum(tensors, metadata.get("state", ""))
     require(intact, f"the content of {path}", "damaged", "what was saved (its checksum differs)")
     header: dict[str, Any] = json.loads(metadata["state"])
     found, expected = _fingerprint(base), header["base"]
@@ -114,15 +113,5 @@ def _fingerprint(base: FastWeights) -> dict[str, Any]:
     """Sizes, and a checksum of the keys and of evenly spaced rows of the values."""
     step = max(1, base.values.shape[0] // _SAMPLE)
     sample = {"keys": base.keys.detach(), "values": base.values.detach()[::step]}
-    digest = _digest({name: x.cpu().contiguous() for name, x in sample.items()})
+    digest = checksum({name: x.cpu().contiguous() for name, x in sample.items()})
     return {"keys": list(base.keys.shape), "values": list(base.values.shape), "checksum": digest}
-
-
-def _digest(tensors: dict[str, Tensor], text: str = "") -> str:
-    """Of names, shapes, dtypes and bytes, and of a text."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

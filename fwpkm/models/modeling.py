@@ -21,6 +21,8 @@ from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.placement import attention_masks, place
 
+_PIECE = 4096  # tokens read at once
+
 
 @dataclass
 class FwPKMOutput(CausalLMOutputWithPast):
@@ -98,6 +100,12 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         """Forget what the last training forward stored in ``shared`` memories."""
         for memory in self.memories():
             memory.discard()
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, past_key_values: FwPKMCache) -> None:
+        """Read ``[B, T]`` tokens, of which there may be none, into ``past_key_values``, in pieces."""
+        for piece in input_ids.split(_PIECE, 1) if input_ids.shape[1] else ():
+            self(piece, past_key_values=past_key_values, logits_to_keep=1)
 
     def memories(self) -> list[FwPKM]:
         """The memory layers, in their order."""

@@ -152,6 +152,25 @@ def test_generated_code_is_eagers_and_copies_no_values():
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_backward_keeps_one_table_of_rows(chunks):
+    """Of the rows that a scan reads its backward gets one version, not a gather for each chunk or operator."""
+    torch.compiler.reset()
+    model = make(num_hidden_layers=1, layer_types=["sliding_attention"], pkm_layers=[], fwpkm_topk=5).train()
+    compiled, sizes = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(x.shape))
+        return x
+
+    ids = tokens(2, 8 * chunks)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        compiled(input_ids=ids, labels=ids)
+    width, rows = model.memories()[0].values.shape[1], ids.numel() * 5
+    assert [x for x in sizes if x[-1:] == (width,) and torch.Size(x).numel() >= rows * width] == [(rows, width)]
+
+
+@pytest.mark.unpoisoned
 def test_checkpointed_activations_in_a_graph():
     torch.compiler.reset()
     model = make(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, fwpkm_layers=[0], pkm_layers=[]).train()

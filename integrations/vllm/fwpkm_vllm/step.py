@@ -165,9 +165,7 @@ def read_and_write(
         The reads, ``[T, Dv]``; 0 for padding.
     """
     batch, log, recent = step.batch, step.log, step.recent
-    found = product_key_address(
-        query.to(keys.dtype).unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps
-    )
+    found = product_key_address(query.unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps)
     slots, weights = found[1][0].flatten(1), read_weights(found[0], config)[0]
     number, start = batch.chunks(config.chunk_size, batch.positions, batch.owners)
     log.write("slots", slots)
