@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
+from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries
 from fwpkm.memory.appendable import Appendable, surely
 from fwpkm.memory.formulas import (
     addressing_loss,
@@ -196,14 +196,15 @@ def _address(state: MemoryState, tokens: Tokens, run: Tokens, exists: Tensor | N
             tokens = tokens._replace(query=tokens.query.to(keys.dtype))
         if cut is not None:
             keys = torch.where(cut[:, 0].view(-1, 1, 1, 1, 1), keys.detach(), keys)
-        step = product_key_address(tokens.query, keys, config.topk, *arguments)
+        # The addressing loss of keys that do not commit never reaches the queries.
+        step = product_key_address(tokens.query, keys, config.topk, *arguments, sub_scores_reach_query=moving)
         if before is not None and moving and whole:
             joined = [
                 torch.cat(pair, 1) for pair in zip((before[2], *before[:2]), (tokens.query, *step[2:]), strict=True)
             ]
             mask = None if tokens.mask is None else torch.cat((state.open_mask(), tokens.mask), 1)
             keys = key_commit(joined[0], keys, joined[1], joined[2], mask, rate, config.score)
-        used = step[2] if moving else loss_sub_scores(tokens.query, state.keys, step[2], config)
+        used = step[2] if moving or config.key_update == "slow" else step[2].detach()
         scores, slots, sub_scores, sub_slots = (by_chunk(x) for x in (step[0], step[1], used, step[3]))
 
     losses = _losses(state, (sub_scores, sub_slots), before, exists, whole)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries, loss_sub_scores
+from fwpkm.functional.tokens import ChunkLosses, Read, Tokens, check_kept_queries
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.formulas import (
     addressing_loss,
@@ -309,9 +309,11 @@ def _address(
     complete = layout.spread(layout.complete)
     before_mask = before.mask & layout.before_complete.unsqueeze(1)
     if config.key_update == "slow" or not (keys_commit(config, training) or cut is not None or final is not None):
-        found = product_key_address(tokens.query, keys, config.topk, config.score, config.score_eps)
-        sub_scores = loss_sub_scores(tokens.query, keys, found[2], config)
-        scores, slots, sub_slots = found[0], found[1], found[3]
+        arguments = (config.topk, config.score, config.score_eps)
+        found = product_key_address(tokens.query, keys, *arguments, sub_scores_reach_query=False)
+        scores, slots, sub_scores, sub_slots = found
+        if config.key_update != "slow":
+            sub_scores = sub_scores.detach()
     else:
         cells, keys = _address_in_turn(state, tokens.query, layout, before, before_mask, complete, cut, final, training)
         scores, slots, sub_scores, sub_slots = (layout.collect(x) for x in cells)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.checks import require
-from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.state import MemoryState
-from fwpkm.ops import product_key_address
 
 
 class Tokens(NamedTuple):
@@ -78,10 +76,3 @@ def check_kept_queries(state: MemoryState, moving: bool, training: bool) -> None
         training,
         "the same for all tokens of a chunk when key_update is 'train_only' (flush() the state in between)",
     )
-
-
-def loss_sub_scores(query: Tensor, keys: Tensor, sub_scores: Tensor, config: MemoryConfig) -> Tensor:
-    """The sub-scores that the addressing loss is taken of, where keys do not commit: it never reaches the queries."""
-    if config.key_update == "slow" and torch.is_grad_enabled() and keys.requires_grad:
-        return product_key_address(query.detach(), keys, config.topk, config.score, config.score_eps)[2]
-    return sub_scores.detach()

@@ -26,7 +26,12 @@ _BLOCK = 1 << 21  # sub-scores held at once: 8 MB, about a core's share of the c
 
 
 def product_key_address(
-    query: Tensor, keys: Tensor, k: int, score: str = "idw", eps: float = 1e-3
+    query: Tensor,
+    keys: Tensor,
+    k: int,
+    score: str = "idw",
+    eps: float = 1e-3,
+    sub_scores_reach_query: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score every query against its memory's sub-keys and pick the ``k`` best slots a head.
 
@@ -38,11 +43,13 @@ def product_key_address(
         k: slots a head, ``1 <= k <= n``.
         score: ``"idw"``, ``-log(eps + ||q - K_i||^2)``, or ``"dot"``, ``q . K_i``.
         eps: of the inverse distance weighting, positive.
+        sub_scores_reach_query: whether gradients of ``sub_scores`` flow to ``query`` too. A loss that is to shape the
+            sub-keys alone, such as the addressing loss of sub-keys that are parameters, turns that off.
 
     Returns:
         ``scores [M, P, H, k]`` and ``slots [M, P, H, k]`` (int64) as :func:`product_key_topk` gives them, and of the
         selected sub-keys ``sub_scores`` and ``sub_slots [M, P, H, 2, k]``; scores in the dtype of ``keys``. Gradients
-        of both scores flow to ``query``, in its dtype and rounded once, and ``keys``.
+        of both scores flow to ``keys`` and, unless turned off, to ``query``, in its dtype and rounded once.
 
     Raises:
         ValueError: for a wrong shape, dtype, ``k``, ``score`` or ``eps``, or NaN.
@@ -50,7 +57,7 @@ def product_key_address(
     check_query_and_keys(query, keys, score)
     require(eps > 0, "eps", eps, "a positive number")
     require(1 <= k <= keys.shape[3], "k", k, "1 <= k <= n_subkeys ({})", keys.shape[3])
-    return _operator(query, keys, k, score, eps)
+    return _operator(query, keys, k, score, eps, sub_scores_reach_query)
 
 
 def check_query_and_keys(query: Tensor, keys: Tensor, score: str) -> None:
@@ -76,12 +83,14 @@ def selected_by_codebook(selected: Tensor, shared_keys: bool) -> Tensor:
     return rearrange(selected, "m p h c k -> (h c) (m p) k" if shared_keys else "m p h c k -> (m h c) p k")
 
 
-def _check(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> None:
+def _check(query: Tensor, keys: Tensor, *_: Any) -> None:
     for tensor in (query, keys):
         require_no_nan("query or keys", tensor)
 
 
-def _cpu(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpu(
+    query: Tensor, keys: Tensor, k: int, score: str, eps: float, sub_scores_reach_query: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memories, tokens, heads, _ = query.shape
     shared = keys.shape[0] == 1
     rows, keys = by_codebook(query.to(keys.dtype), shared), keys.flatten(0, 2)
@@ -115,7 +124,9 @@ def _select(rows: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple
     return squared_distance.add_(eps).log_().neg_(), sub_slots
 
 
-def _fake(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    query: Tensor, keys: Tensor, k: int, score: str, eps: float, sub_scores_reach_query: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*query.shape[:3], k)
     sub_shape = (*query.shape[:3], 2, k)
     slots = keys.new_empty(shape, dtype=torch.int64)
@@ -131,20 +142,25 @@ def _backward_cpu(
     sub_scores: Tensor,
     sub_slots: Tensor,
     score: str,
+    sub_scores_reach_query: bool = True,
 ) -> tuple[Tensor, Tensor]:
     shared = keys.shape[0] == 1
     n = keys.shape[3]
-    grad_selected = selected_gradient(grad_scores, slots, sub_slots, n) + grad_sub_scores
-    if score == "idw":  # ds_i/dq = -ds_i/dK_i = -2 (q - K_i) / (eps + d_i), and 1 / (eps + d_i) = exp(s_i)
-        grad_selected = grad_selected * sub_scores.exp() * -2
     rows, flat_keys = by_codebook(query.to(keys.dtype), shared), keys.flatten(0, 2)
-    grad_selected = selected_by_codebook(grad_selected, shared)
-    sub_slots = selected_by_codebook(sub_slots, shared)
 
-    selected = Selected.of(grad_selected, sub_slots, n)
-    grad_rows, grad_keys = selected.times(flat_keys), selected.transposed_times(rows)
+    def coefficients(grad: Tensor) -> Tensor:
+        if score == "idw":  # ds_i/dq = -ds_i/dK_i = -2 (q - K_i) / (eps + d_i), and 1 / (eps + d_i) = exp(s_i)
+            grad = grad * sub_scores.exp() * -2
+        return selected_by_codebook(grad, shared)
+
+    of_scores = selected_gradient(grad_scores, slots, sub_slots, n)
+    of_keys = coefficients(of_scores + grad_sub_scores)
+    of_rows = of_keys if sub_scores_reach_query else coefficients(of_scores)
+    selected = Selected.of(of_keys, selected_by_codebook(sub_slots, shared), n)
+    grad_rows = selected._replace(coefficients=of_rows).times(flat_keys)
+    grad_keys = selected.transposed_times(rows)
     if score == "idw":
-        grad_rows = grad_selected.sum(-1, keepdim=True) * rows - grad_rows
+        grad_rows = of_rows.sum(-1, keepdim=True) * rows - grad_rows
         grad_keys = selected.sums().unsqueeze(-1) * flat_keys - grad_keys
     pattern = "(h c) (m p) d -> m p h (c d)" if shared else "(m h c) p d -> m p h (c d)"
     memories, tokens, heads, _ = query.shape
@@ -161,20 +177,22 @@ def _backward_fake(
     sub_scores: Tensor,
     sub_slots: Tensor,
     score: str,
+    sub_scores_reach_query: bool,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), keys.new_empty(keys.shape)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, keys, _, ctx.score, _ = inputs
+    query, keys, _, ctx.score, _, ctx.sub_scores_reach_query = inputs
     _, slots, sub_scores, sub_slots = output
     ctx.mark_non_differentiable(slots, sub_slots)
     ctx.save_for_backward(query, keys, slots, sub_scores, sub_slots)
 
 
 def _backward(ctx: Any, grad_scores: Tensor, _slots: Tensor, grad_sub_scores: Tensor, _sub_slots: Tensor) -> Any:
-    grad_query, grad_keys = _backward_operator(grad_scores, grad_sub_scores, *ctx.saved_tensors, ctx.score)
-    return grad_query, grad_keys, None, None, None
+    options = ctx.score, ctx.sub_scores_reach_query
+    grad_query, grad_keys = _backward_operator(grad_scores, grad_sub_scores, *ctx.saved_tensors, *options)
+    return grad_query, grad_keys, None, None, None, None
 
 
 def fold_query_and_keys(info: Any, in_dims: Any, args: Any) -> tuple[list[Any], tuple[int, int]]:
@@ -213,7 +231,8 @@ def _backward_flops(query: Sequence[int], sub_slots: Sequence[int], **_: Any) ->
 
 
 _operator = register(
-    "product_key_address(Tensor query, Tensor keys, int k, str score, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "product_key_address(Tensor query, Tensor keys, int k, str score, float eps, bool sub_scores_reach_query)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _cpu,
     "fwpkm.ops.cuda.product_key_address:forward",
     _fake,
@@ -222,7 +241,7 @@ _operator = register(
 )
 _backward_operator = register(
     "product_key_address_backward(Tensor grad_scores, Tensor grad_sub_scores, Tensor query, Tensor keys, Tensor slots,"
-    " Tensor sub_scores, Tensor sub_slots, str score) -> (Tensor, Tensor)",
+    " Tensor sub_scores, Tensor sub_slots, str score, bool sub_scores_reach_query) -> (Tensor, Tensor)",
     _backward_cpu,
     "fwpkm.ops.cuda.product_key_address:backward",
     _backward_fake,

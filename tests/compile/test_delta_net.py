@@ -33,7 +33,6 @@ def placements(length: int) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("placement", ["plain", "padded", "packed"])
 def test_model_is_one_graph_for_every_length(placement):
     """A hybrid model, at lengths of several chunks: no graph after the second length, one call of the rule a layer."""
-    torch.compiler.reset()
     model = make_model(layer_types=["linear_attention", "sliding_attention"], fwpkm_layers=[]).train()
     graphs = Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -45,7 +44,6 @@ def test_model_is_one_graph_for_every_length(placement):
 
 
 def test_gradients_of_a_graph_for_every_length():
-    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     layer = make_delta_net(0)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -63,7 +61,6 @@ def test_gradients_of_a_graph_for_every_length():
 @torch.no_grad()
 def test_pieces_of_any_length_with_a_cache():
     """The states' cache is written within the graph: one for a first piece, and one or two for those that follow."""
-    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     layer, hidden = make_delta_net(1), torch.randn(2, 300, 16)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -81,7 +78,6 @@ def test_pieces_of_any_length_with_a_cache():
 @pytest.mark.unpoisoned
 def test_inductor():
     """The code that it generates around the operator, forward and backward, for more than one length."""
-    torch.compiler.reset()
     layer = make_delta_net(2)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for length in (70, 9):

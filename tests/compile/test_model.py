@@ -74,7 +74,6 @@ def test_training_is_one_graph_for_every_shape(kind, shapes):
 
     Once more yet where lengths that are multiples of the chunk come among others.
     """
-    torch.compiler.reset()
     compiled_model = make(**kind).train()
     eager_model = copy.deepcopy(compiled_model)
     counter = CompileCounterWithBackend("aot_eager")
@@ -96,7 +95,6 @@ def test_training_is_one_graph_for_every_shape(kind, shapes):
 
 @pytest.mark.unpoisoned
 def test_inference_is_one_graph_for_every_shape():
-    torch.compiler.reset()
     model = make().eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled, graphs = torch.compile(model, fullgraph=True, backend=counter), []
@@ -129,7 +127,6 @@ def test_operator_calls_do_not_depend_on_the_length():
 @pytest.mark.unpoisoned
 def test_generated_code_is_eagers_and_copies_no_values():
     """Inductor, with the memory of a batch that is written between steps: in place, in the model's own buffer."""
-    torch.compiler.reset()
     model = make(fwpkm_scope="shared", fwpkm_key_update="slow", fwpkm_n_subkeys=24, num_hidden_layers=1,
                  layer_types=["sliding_attention"], fwpkm_layers=[0], pkm_layers=[]).train()  # fmt: skip
     eager = copy.deepcopy(model)
@@ -155,7 +152,6 @@ def test_generated_code_is_eagers_and_copies_no_values():
 @pytest.mark.parametrize("chunks", [2, 8])
 def test_backward_keeps_one_table_of_rows(chunks):
     """Of the rows that a scan reads its backward gets one version, not a gather for each chunk or operator."""
-    torch.compiler.reset()
     model = make(num_hidden_layers=1, layer_types=["sliding_attention"], pkm_layers=[], fwpkm_topk=5).train()
     compiled, sizes = torch.compile(model, fullgraph=True, backend="aot_eager"), []
 
@@ -172,7 +168,6 @@ def test_backward_keeps_one_table_of_rows(chunks):
 
 @pytest.mark.unpoisoned
 def test_checkpointed_activations_in_a_graph():
-    torch.compiler.reset()
     model = make(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, fwpkm_layers=[0], pkm_layers=[]).train()
     eager = copy.deepcopy(model)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

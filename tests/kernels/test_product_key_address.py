@@ -129,9 +129,10 @@ def test_tiles_do_not_show(monkeypatch):
     score=scores,
     shared=st.booleans(),
     gaps=st.booleans(),
+    reach=st.booleans(),
     **sizes,
 )
-def test_backward(seed, n, half, score, shared, gaps, memories, tokens, heads):
+def test_backward(seed, n, half, score, shared, gaps, reach, memories, tokens, heads):
     tokens, heads = min(tokens, 5), min(heads, 2)
     k = min(n, 3)
     query, keys = draw_inputs(seed, memories, tokens, heads, n, half, shared)
@@ -140,15 +141,15 @@ def test_backward(seed, n, half, score, shared, gaps, memories, tokens, heads):
     draw = Draw(seed + 1)
     grads = [draw.normal(*out[0].shape), draw.normal(*out[2].shape)]
     assume(score == "dot" or out[2].numel() == 0 or out[2].max() < 4)  # nearer sub-keys magnify rounding
-    want = torch.autograd.grad((out[0], out[2]), wide, grads)
+    of_loss = out[2] if reach else reference.product_key_address(wide[0].detach(), wide[1], k, score, EPS)[2]
+    want = torch.autograd.grad((out[0], of_loss), wide, grads)
     inputs = [grads[0].float(), grads[1].float(), query, keys, out[1], out[2].detach().float(), out[3]]
     inputs = [strided(x) for x in inputs] if gaps else inputs
-    have = cuda.backward(*inputs, score)
+    have = cuda.backward(*inputs, score, reach)
     for a, b, narrow in zip(have, want, (query, keys), strict=True):
         assert a.shape == narrow.shape
         assert a.is_contiguous()
         assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
-    for a, b in zip(
-        have, cpu._backward_cpu(*(x.double() if x.is_floating_point() else x for x in inputs), score), strict=True
-    ):
+    on_cpu = cpu._backward_cpu(*(x.double() if x.is_floating_point() else x for x in inputs), score, reach)
+    for a, b in zip(have, on_cpu, strict=True):
         assert_close(a.double(), b, rtol=1e-4, atol=1e-4)

@@ -136,7 +136,6 @@ def test_one_graph_for_every_length(backend):
         out, state = ops.gated_delta_rule(query.sin(), key, value, -decay.exp(), beta.sigmoid(), state)
         return out.cos() * 2, state + 1
 
-    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(around, fullgraph=True, dynamic=True, backend=backend)
     for length in (CHUNK - 4, CHUNK + 9, 7, 3 * CHUNK):

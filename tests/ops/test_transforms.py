@@ -188,7 +188,6 @@ def test_compiled_gradients(make, batched):
     def function(inputs):
         return gradients(case, inputs)
 
-    torch.compiler.reset()
     transformed = vmap(function) if batched else function
     inputs = stack(samples(make, list(case.floats))) if batched else case.floats
     assert_same(torch.compile(transformed, fullgraph=True, backend="aot_eager")(inputs), transformed(inputs))
@@ -259,7 +258,6 @@ def test_write_under_vmap(compiled):
     write = vmap(ops.memory_write_)
     write_shared = vmap(ops.memory_write_, in_dims=(0, None, None, 1))
     if compiled:
-        torch.compiler.reset()
         write, write_shared = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (write, write_shared))
     values, slots, coefficients, residuals = write_arguments()
     have, want = values.clone(), values.clone()

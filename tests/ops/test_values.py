@@ -94,6 +94,23 @@ def test_key_commit(seed, n, score, masked, shared, memories, tokens, heads):
         assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-7, atol=1e-9)
 
 
+@given(seed=seeds, tokens=st.integers(0, 4), score=scores, shared=st.booleans())
+def test_sub_scores_that_do_not_reach_the_query(seed, tokens, score, shared):
+    """A loss of the sub-scores shapes the sub-keys as it does anyway, and the query not at all."""
+    draw, k = Draw(seed), 2
+    query = draw.normal(2, tokens, 1, 6).requires_grad_()
+    keys = draw.normal(1 if shared else 2, 1, 2, 5, 3).requires_grad_()
+    out = ops.product_key_address(query, keys, k, score, sub_scores_reach_query=False)
+    want = reference.product_key_address(query, keys, k, score)
+    of_keys = reference.product_key_address(query.detach(), keys, k, score)[2]
+    weights = draw.normal(*out[0].shape), draw.normal(*out[2].shape)
+    have = torch.autograd.grad((out[0], out[2]), (query, keys), weights)
+    for a, b in zip(have, torch.autograd.grad((want[0], of_keys), (query, keys), weights), strict=True):
+        assert_close(a, b, rtol=1e-7, atol=1e-9)
+    options = k, score, 1e-3, False
+    torch.library.opcheck(torch.ops.fwpkm.product_key_address.default, (query, keys, *options))
+
+
 @given(seed=seeds, tokens=st.integers(0, 20), fanout=st.integers(1, 5), n=st.integers(1, 6))
 def test_read(seed, tokens, fanout, n):
     draw = Draw(seed)

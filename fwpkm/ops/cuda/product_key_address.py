@@ -9,7 +9,9 @@ from fwpkm.ops.kernels.select_subkeys import select_subkeys
 from fwpkm.ops.kernels.selected_gradient import selected_gradient
 
 
-def forward(query: Tensor, keys: Tensor, k: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    query: Tensor, keys: Tensor, k: int, score: str, eps: float, sub_scores_reach_query: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memories, tokens, heads, width = query.shape
     n = keys.shape[3]
     sub_scores = keys.new_empty(memories, tokens, heads, 2, k)
@@ -32,28 +34,26 @@ def backward(
     sub_scores: Tensor,
     sub_slots: Tensor,
     score: str,
+    sub_scores_reach_query: bool = True,
 ) -> tuple[Tensor, Tensor]:
     n, half, k = keys.shape[3], keys.shape[4], slots.shape[3]
     idw_sub_scores = sub_scores.contiguous() if score == "idw" else None
-    sub_slots = sub_slots.contiguous()
-    coefficients = torch.empty_like(sub_scores, memory_format=torch.contiguous_format)
-    selected_gradient(
-        coefficients,
-        grad_scores.contiguous(),
-        slots.contiguous(),
-        sub_slots,
-        n,
-        grad_sub_scores.contiguous(),
-        idw_sub_scores,
-    )
+    grad_scores, slots, sub_slots = (x.contiguous() for x in (grad_scores, slots, sub_slots))
+
+    def coefficients(grad_sub_scores: Tensor) -> Tensor:
+        out = torch.empty_like(sub_scores, memory_format=torch.contiguous_format)
+        selected_gradient(out, grad_scores, slots, sub_slots, n, grad_sub_scores.contiguous(), idw_sub_scores)
+        return out.view(-1, k)
+
+    of_keys = coefficients(grad_sub_scores)
+    of_halves = of_keys if sub_scores_reach_query else coefficients(torch.zeros_like(grad_sub_scores))
 
     halves, subkeys = query.reshape(-1, half).contiguous(), keys.reshape(-1, half).contiguous()
-    coefficients = coefficients.view(-1, k)
     selected = Selected.of(sub_slots, keys.shape[0], n)
     segments = selected.by_subkey()
-    grad_halves = selected.times(coefficients, subkeys)
-    grad_keys = selected.transposed_times(segments, coefficients, halves)
+    grad_halves = selected.times(of_halves, subkeys)
+    grad_keys = selected.transposed_times(segments, of_keys, halves)
     if score == "idw":  # the coefficients are those of q - K
-        grad_halves = torch.addcmul(-grad_halves, coefficients.sum(-1, keepdim=True), halves)
-        grad_keys = torch.addcmul(-grad_keys, selected.sums(segments, coefficients), subkeys)
+        grad_halves = torch.addcmul(-grad_halves, of_halves.sum(-1, keepdim=True), halves)
+        grad_keys = torch.addcmul(-grad_keys, selected.sums(segments, of_keys), subkeys)
     return grad_halves.view(query.shape).to(query.dtype), grad_keys.view(keys.shape)
