@@ -70,12 +70,12 @@ def decode(section: Results) -> str:
 
 def overhead(section: Results) -> str:
     """Microseconds a call."""
-    columns = ("direct", "call", "overhead", "recorded", "recorded_overhead")
+    columns = ("direct", "call", "overhead", "inference_overhead", "recorded_overhead")
     lines = [
         [f"`{row['name']}`", *(MISSING if key not in row else f"{decimal(row[key])} µs" for key in columns)]
         for row in section["result"]
     ]
-    head = ["Operator", "Implementation", "Call", "Overhead", "Call, recorded", "Overhead, recorded"]
+    head = ["Operator", "Implementation", "Call", "Overhead", "In inference mode", "Recording gradients"]
     return table(head, lines, "lrrrrr") + f"\n{measured_on(section)}.\n"
 
 

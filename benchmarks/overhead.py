@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -108,25 +110,33 @@ def direct(name: str, call: Call) -> timing.Run:
 def measure(repeats: int, count: int) -> list[dict[str, Any]]:
     """Microseconds a call, medians of ``repeats`` interleaved loops of ``count`` calls.
 
-    The overhead is that of the public function over its implementation, in the loops next to each other.
+    The overhead is that of the public function over its implementation, in the loops next to each other: without
+    gradients, in inference mode (where the operator skips autograd), and with gradients recorded.
     """
     rows = []
     for name, call in calls().items():
-        runs = {"direct": _loop(direct(name, call), count, False), "call": _loop(lambda c=call: c(False), count, False)}
+        without, compute = partial(call, False), direct(name, call)
+        runs = {
+            "direct": _loop(compute, count, torch.no_grad),
+            "call": _loop(without, count, torch.no_grad),
+            "direct_inference": _loop(compute, count, torch.inference_mode),
+            "inference": _loop(without, count, torch.inference_mode),
+        }
         if name not in WITHOUT_GRADIENTS:
-            runs["recorded"] = _loop(lambda c=call: c(True), count, True)
+            runs["recorded"] = _loop(partial(call, True), count, torch.enable_grad)
         seconds = {key: [x / count for x in found] for key, found in timing.interleaved(runs, repeats).items()}
         row: dict[str, Any] = {"name": name} | {key: 1e6 * statistics.median(x) for key, x in seconds.items()}
         row["overhead"] = _median_difference(seconds["call"], seconds["direct"])
+        row["inference_overhead"] = _median_difference(seconds["inference"], seconds["direct_inference"])
         if "recorded" in seconds:
             row["recorded_overhead"] = _median_difference(seconds["recorded"], seconds["direct"])
         rows.append(row)
     return rows
 
 
-def _loop(run: timing.Run, count: int, gradients: bool) -> timing.Run:
+def _loop(run: timing.Run, count: int, mode: Callable[[], AbstractContextManager[Any]]) -> timing.Run:
     def loop() -> None:
-        with torch.set_grad_enabled(gradients):
+        with mode():
             for _ in range(count):
                 run()
 

@@ -17,11 +17,14 @@ def require(condition: bool, argument: str, value: object, expected: str, *detai
 
 def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
     """Check a tensor's shape; a string in ``shape`` names a dimension of any size."""
-    fits = tensor.dim() == len(shape)
-    for have, want in zip(tensor.shape, shape, strict=False):
-        fits = fits and (isinstance(want, str) or have == want)
-    if not fits:
-        raise ValueError(f"{argument}.shape is {list(tensor.shape)}; expected [{', '.join(map(str, shape))}]")
+    sizes = tensor.shape
+    if len(sizes) == len(shape):
+        for have, want in zip(sizes, shape, strict=True):
+            if not isinstance(want, str) and have != want:
+                break
+        else:
+            return
+    raise ValueError(f"{argument}.shape is {list(sizes)}; expected [{', '.join(map(str, shape))}]")
 
 
 def require_dtype(argument: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Never
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fwpkm.checks import require, require_dtype
@@ -36,7 +36,7 @@ def register(
 
     def on(kind: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
+            if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
                 _refuse_forward_mode(operator)
             if torch.is_autocast_enabled(kind):  # products are those of the dtypes given
                 with torch.autocast(kind, enabled=False):
@@ -135,6 +135,10 @@ def _register_transforms(
 def _without_lists(grads: Any) -> Any:
     """Autograd wants a list where an operator's argument is one, a function that ``torch.func`` transforms None."""
     return tuple(None if isinstance(x, list) else x for x in grads) if isinstance(grads, tuple) else grads
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _refuse_forward_mode(operator: Any) -> Never:
