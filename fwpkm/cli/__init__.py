@@ -3,7 +3,7 @@
 import typer
 from transformers.utils import logging as transformers_logging
 
-from fwpkm.cli import demo, doctor, evaluate, export, generate, session, train
+from fwpkm.cli import demo, doctor, evaluate, export, generate, inspect, session, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -21,5 +21,6 @@ app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
 app.command()(session.read)
 app.command()(session.ask)
+app.command()(inspect.inspect)
 app.command()(export.export)
 app.command()(doctor.doctor)

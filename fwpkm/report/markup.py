@@ -17,9 +17,14 @@ class Markup(str):
     __slots__ = ()
 
 
+def visible(content: str) -> str:
+    """A string with symbols for the characters that cannot stand in HTML."""
+    return content.translate(_VISIBLE)
+
+
 def text(content: object) -> Markup:
     """Escape anything but :class:`Markup`."""
-    return content if isinstance(content, Markup) else Markup(escape(str(content).translate(_VISIBLE)))
+    return content if isinstance(content, Markup) else Markup(escape(visible(str(content))))
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:

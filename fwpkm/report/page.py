@@ -14,6 +14,7 @@ from fwpkm.files import write_atomically
 from fwpkm.report import plots
 from fwpkm.report.labels import MISSING, bounded, count, decimal, length_label, percent
 from fwpkm.report.markup import Markup, element
+from fwpkm.report.parts import boxed, document, fact_list, table, table_body
 from fwpkm.report.questions import questions_to_read
 from fwpkm.report.results import MODELS, Entry, Results, recall_by_length, recall_lengths
 from fwpkm.report.style import style_sheet
@@ -21,7 +22,6 @@ from fwpkm.report.table import COLUMNS, recall_rows
 from fwpkm.report.theme import DARK, LIGHT
 
 _HEADLINES = (2**10, 2**17, 2**20)
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page asks nobody for anything
 
 
 def write_page(results: Results, path: str | Path) -> None:
@@ -32,17 +32,9 @@ def write_page(results: Results, path: str | Path) -> None:
 def page(results: Results) -> str:
     """The whole document."""
     sections = (_pictures, _recall_table, _other_tables, questions_to_read, _variants, _facts)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("link", rel="icon", href="data:,"),
-        element("title", "FwPKM: a memory that writes as it reads"),
-        element("style", Markup(style_sheet())),
-    )
-    body = element(
-        "body",
+    return document(
+        "FwPKM: a memory that writes as it reads",
+        style_sheet(),
         _opening(results),
         element("main", *(section(results) for section in sections)),
         element(
@@ -50,7 +42,6 @@ def page(results: Results) -> str:
             element("p", f"fwpkm {results['version']}, {results['date']}. K and M are 1,024 and 1,048,576 bytes."),
         ),
     )
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}"
 
 
 def _opening(results: Results) -> Markup:
@@ -174,8 +165,8 @@ def _recall_table(results: Results) -> Markup:
         "those of the model with memory; load is how often a slot was written to on average, the same counting only "
         "the open part of the gates, and the share of slots that were written to at all."
     )
-    table = element("table", element("caption", caption), head, _rows(recall_rows(results)))
-    return element("section", element("h2", "Recall in numbers"), _boxed(table))
+    recall = element("table", element("caption", caption), head, table_body(recall_rows(results)))
+    return element("section", element("h2", "Recall in numbers"), boxed(recall))
 
 
 def _group_class(group: str) -> str | None:
@@ -207,12 +198,12 @@ def _other_tables(results: Results) -> Markup:
     return element(
         "section",
         element("h2", "Numbers that changed, and ordinary text"),
-        _table(
+        table(
             "Some numbers are told twice. Only the latest counts; stale answers are the share that gave an older one.",
             ["Model", "Length", "Questions", "Exact match (bound)", "Stale answers"],
             overwritten,
         ),
-        _table(
+        table(
             "How well the models predict Python source that they were not trained on; lower is better.",
             ["Model", "Memory", "Bytes", "Loss, nats a byte", "Perplexity a byte"],
             perplexity,
@@ -262,7 +253,7 @@ def _variant_table(entries: Sequence[Entry], names: dict[str, str], caption: str
         + [percent(entry[kind].get(str(length))) for kind in kinds for length in lengths]
         for entry in entries
     ]
-    return _boxed(element("table", element("caption", caption), head, _rows(rows, words=len(names))))
+    return boxed(element("table", element("caption", caption), head, table_body(rows, words=len(names))))
 
 
 def _facts(results: Results) -> Markup:
@@ -275,11 +266,11 @@ def _facts(results: Results) -> Markup:
                 "p", element("code", results["command"]), f" ran on {results['date']} with fwpkm {results['version']}."
             ),
             element("h3", "Settings"),
-            _list(results["settings"]),
+            fact_list(results["settings"]),
             element("h3", "Parameters"),
-            _list({MODELS[model]: count(number) for model, number in results["parameters"].items()}),
+            fact_list({MODELS[model]: count(number) for model, number in results["parameters"].items()}),
             element("h3", "Training time"),
-            _list(
+            fact_list(
                 {
                     name: f"{count(log[-1]['seconds'])} s, {count(log[-1]['step'])} steps"
                     for model, name in MODELS.items()
@@ -287,49 +278,10 @@ def _facts(results: Results) -> Markup:
                 }
             ),
             element("h3", "Machine"),
-            _list(results["machine"]),
+            fact_list(results["machine"]),
             class_="card",
         ),
     )
-
-
-def _list(facts: Entry) -> Markup:
-    pairs = (
-        element("div", element("dt", name.replace("_", " ")), element("dd", _value(value)))
-        for name, value in facts.items()
-    )
-    return element("dl", *pairs, class_="facts")
-
-
-def _value(value: object) -> str:
-    return ", ".join(map(_value, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Markup:
-    if not rows:
-        return Markup()
-    head = (
-        element("th", name, scope="col", class_="words" if place < words else None)
-        for place, name in enumerate(columns)
-    )
-    body = _rows(rows, words)
-    return _boxed(element("table", element("caption", caption), element("thead", element("tr", *head)), body))
-
-
-def _rows(rows: Sequence[Sequence[str]], words: int = 0) -> Markup:
-    """A table's body; a row's first cell is its header, and the first ``words`` cells are set as words, not numbers."""
-    written = []
-    for first, *others in rows:
-        cells = [element("th", first, scope="row", class_="words" if words else None)]
-        cells += [
-            element("td", cell, class_="words" if place < words else None) for place, cell in enumerate(others, start=1)
-        ]
-        written.append(element("tr", *cells))
-    return element("tbody", *written)
-
-
-def _boxed(table: Markup) -> Markup:
-    return element("div", element("div", table, class_="scroll"), class_="card")
 
 
 def _range(numbers: Sequence[int]) -> str:
