@@ -30,7 +30,7 @@ def compare(eager: Callable[[], None], compiled: Callable[[], None], device: tor
         step()
     seconds = [[_seconds(step, device) for step in steps] for _ in range(REPEATS)]
     eager_seconds, compiled_seconds = (median(times) for times in zip(*seconds, strict=True))
-    eager_bytes, compiled_bytes = (_peak(step, device) for step in steps)
+    eager_bytes, compiled_bytes = (peak_bytes(step, device) for step in steps)
     return Cost(eager_seconds, compiled_seconds, eager_bytes, compiled_bytes)
 
 
@@ -42,7 +42,8 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that a step holds beyond what was there before, in torch's tensors."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

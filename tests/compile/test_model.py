@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fwpkm.compile import compile_model
+from fwpkm.compile.measure import peak_bytes
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 
 WHOLE = [(2, 32), (3, 40), (4, 56), (5, 24)]  # chunks are 8 tokens
@@ -127,14 +128,15 @@ def test_operator_calls_do_not_depend_on_the_length():
 @pytest.mark.unpoisoned
 def test_generated_code_is_eagers_and_copies_no_values():
     """Inductor, with the memory of a batch that is written between steps: in place, in the model's own buffer."""
-    model = make(fwpkm_scope="shared", fwpkm_key_update="slow", fwpkm_n_subkeys=24, num_hidden_layers=1,
+    model = make(fwpkm_scope="shared", fwpkm_key_update="slow", fwpkm_n_subkeys=256, num_hidden_layers=1,
                  layer_types=["sliding_attention"], fwpkm_layers=[0], pkm_layers=[]).train()  # fmt: skip
     eager = copy.deepcopy(model)
     place = model.memories()[0].values.data_ptr()
     for either in (model, eager):
         step(either, either, tokens(2, 32))  # something is to be written in the compiled step
     ids = tokens(3, 40)
-    (loss, grads), code = torch._inductor.utils.run_and_get_code(step, compile_model(model), model, ids)
+    compiled = compile_model(model)
+    (loss, grads), code = torch._inductor.utils.run_and_get_code(step, compiled, model, ids)
     want, want_grads = step(eager, eager, ids)
     assert_close(loss, want, rtol=1e-4, atol=1e-4)
     for name, grad in grads.items():
@@ -146,6 +148,7 @@ def test_generated_code_is_eagers_and_copies_no_values():
     assert "fwpkm.memory_write_" in text
     rows, width = values.shape
     assert f"empty_strided_cpu(({rows}, {width})" not in text
+    assert peak_bytes(lambda: step(compiled, model, ids), values.device) < values.nbytes / 2
 
 
 @pytest.mark.unpoisoned
