@@ -176,10 +176,12 @@ def throughput(folder: Path, model: FwPKMForCausalLM, counts: Sequence[int], len
     return rows
 
 
-def contexts(folder: Path, model: FwPKMForCausalLM, lengths: Sequence[int], tokens: int) -> list[Any]:
-    """One request after a long prompt: seconds a token, and what it holds of the KV cache."""
+def contexts(
+    folder: Path, model: FwPKMForCausalLM, lengths: Sequence[int], tokens: int, **options: Any
+) -> list[dict[str, Any]]:
+    """One request after a long prompt: seconds a token, and what it holds of the KV cache, at its end and at most."""
     rows = []
-    with engine(folder) as llm:
+    with engine(folder, **options) as llm:
         serve(llm, prompts(1, 512, 99), 4)
         manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
         total = manager.block_pool.num_gpu_blocks - 1
@@ -200,7 +202,19 @@ def contexts(folder: Path, model: FwPKMForCausalLM, lengths: Sequence[int], toke
             row = serve(llm, texts, tokens)
             llm.llm_engine.step = step
             errors = check(model, texts[0], row.pop("outputs")[0])
-            rows.append({"prompt": length, "bytes": held[-2] * page} | errors | row)
+            sizes = {"bytes": held[-2] * page, "most_bytes": max(held) * page}
+            rows.append({"prompt": length} | sizes | errors | row)
+    return rows
+
+
+def limits(folder: Path, length: int, limit: int, tokens: int) -> list[dict[str, Any]]:
+    """One long request, whose log is kept, and folded, with memories of few slots: what it holds of the KV cache."""
+    model, rows = make(folder, MEMORIES, fwpkm_n_subkeys=64), []
+    for folded in (None, limit):
+        options = {} if folded is None else {"additional_config": {"fast_weight_log_limit": folded}}
+        (row,) = contexts(folder, model, [length], tokens, **options)
+        kept = ("prompt", "bytes", "most_bytes", "error", "effect")
+        rows.append({"limit": folded} | {name: row[name] for name in kept})
     return rows
 
 
@@ -279,6 +293,12 @@ def markdown(results: dict[str, Any]) -> str:
     rows += [[label, *(f"{x:.1e}" for x in long[name]["error"])] for name, label in names.items()]
     rows.append(["bfloat16 against float32", *(f"{x:.1e}" for x in long["bfloat16"]["rounding"])])
     tables.append(rows)
+    rows = [["`fast_weight_log_limit`", "Prompt", "KV cache", "at most", "Difference from the model"]]
+    for row in results["limits"]:
+        limit = "none" if row["limit"] is None else length_label(row["limit"])
+        sizes = [f"{row[name] / 1e6:.1f} MB" for name in ("bytes", "most_bytes")]
+        rows.append([limit, length_label(row["prompt"]), *sizes, f"{row['error']:.1e}"])
+    tables.append(rows)
     return "\n".join("".join(f"| {' | '.join(row)} |\n" for row in _ruled(table)) for table in tables)
 
 
@@ -318,6 +338,7 @@ def main() -> None:
             if memories:
                 results["prefixes"] = prefixes(folder, model, *((128, 32, 2) if quick else (4096, 64, 8)))
             print(json.dumps(results, indent=1), flush=True)
+        results["limits"] = limits(Path(temporary) / "limits", *((5000, 512, 4) if quick else (16384, 4096, 64)))
         results["drift"] = drift(Path(temporary), 64 if quick else 10_000)
     write_atomically(arguments.out, json.dumps(results, indent=1) + "\n")
     if arguments.out == OUT:

@@ -225,6 +225,108 @@ def test_requests_lose_their_pages(model):
         assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
+LIMIT = {"additional_config": {"fast_weight_log_limit": 100}}  # blocks of 96 tokens, chunks of 20: 480
+SHORT = {"fwpkm_n_subkeys": 32}  # rows of a version take seven pages
+
+
+def held(llm: LLM, request: str) -> dict[type, int]:
+    """Pages that a request has, by their kind."""
+    from fwpkm_vllm.sharing import FoldedSpec, StretchSpec
+
+    manager = scheduler(llm).kv_cache_manager
+    counts = {StretchSpec: 0, FoldedSpec: 0}
+    for group, blocks in zip(
+        manager.kv_cache_config.kv_cache_groups, manager.coordinator.get_blocks(request), strict=True
+    ):
+        if (kind := type(group.kv_cache_spec)) in counts:
+            counts[kind] = max(counts[kind], sum(not block.is_null for block in blocks))
+    return counts
+
+
+def test_logs_are_folded(tmp_path):
+    """Prompts and answers across several stretches, side by side; what a request holds stays as it is."""
+    from fwpkm_vllm.folded import Folded
+
+    model, made = make(tmp_path, **SHORT), 0
+    texts = prompts(1, 460, 479, 480, 481, 1500, seed=4)
+    with engine(tmp_path, **LIMIT) as llm, pytest.MonkeyPatch.context() as patch:
+        original, most = Folded.make, [0, 0]
+
+        def counting(*args: Any) -> None:
+            nonlocal made
+            made += 1
+            original(*args)
+            now = [list(held(llm, name).values()) for name in scheduler(llm).requests]
+            most[:] = [max(column) for column in zip(most, *now, strict=True)]
+
+        patch.setattr(Folded, "make", counting)
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        check(model, texts, generate(llm, texts, max_tokens=30))
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+    assert made == 2 * (3 + 4), "two layers; three stretches of the longest, one of the four next"
+    assert most == [(480 + 77) // 96 + 1, 2 * 7]
+
+
+def test_prefixes_of_folded_requests_are_shared(tmp_path):
+    """Prompts that part from a long one before, at and after the ends of stretches, and go on through the next."""
+    model = make(tmp_path, **SHORT)
+    (base,), (other,) = prompts(1500), prompts(100, seed=5)
+    hits = []
+    with engine(tmp_path, prefix_cache_retention_interval=None, **LIMIT) as llm:
+        check(model, [base], generate(llm, [base], max_tokens=5))
+        for common in (100, 479, 480, 600, 960, 1439, 1440, 1500):
+            text = base[:common] + other
+            results = generate(llm, [text], max_tokens=25)
+            check(model, [text], results)
+            hits.append((common, results[0].num_cached_tokens))
+        texts = [base + other, base[:1000] + other, base]
+        check(model, texts, generate(llm, texts, max_tokens=25))
+        texts = prompts(530, seed=9)  # whose samples begin in the step that completes the first stretch
+        check(model, texts, generate(llm, texts, max_tokens=25, n=3, temperature=1.0), greedy=False)
+    assert hits == [(common, common // 96 * 96) for common, _ in hits]
+
+
+def test_folded_requests_lose_their_pages(tmp_path):
+    """More requests than there are pages for, of which many begin alike: pages are taken back, kept, and found."""
+    model = make(tmp_path, **SHORT)
+    (base,) = prompts(1000, seed=6)
+    own = prompts(70, 150, 10, 300, 40, seed=7)
+    texts = [base[:common] + text for common, text in zip((1000, 500, 960, 700, 0), own, strict=True)]
+    options: dict[str, Any] = {"prefix_cache_retention_interval": None, "max_num_batched_tokens": 256}
+    with engine(tmp_path, num_gpu_blocks_override=240, max_model_len=1280, **options, **LIMIT) as llm:
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        preempted, original = [], scheduler(llm)._preempt_request
+
+        def counting(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return original(request, *args, **kwargs)
+
+        scheduler(llm)._preempt_request = counting
+        cached = 0
+        for _ in range(2):
+            results = generate(llm, texts, max_tokens=50)
+            check(model, texts, results)
+            cached += sum(result.num_cached_tokens for result in results)
+        assert preempted
+        assert cached > 480
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_folded_logs_beside_windows_alone(tmp_path):
+    """Where no other layer keeps all tokens new blocks are filled with zeros all the same."""
+    model = make(tmp_path, layer_types=["sliding_attention"] * 3, fwpkm_log_dtype="bfloat16", **SHORT)
+    texts = prompts(700, 1000, 60, 500, seed=8)
+    with engine(tmp_path, **LIMIT) as llm:
+        for _ in range(2):
+            check(model, texts, generate(llm, texts, max_tokens=40))
+
+
+def test_rows_that_fit_into_no_page_are_refused(tmp_path):
+    make(tmp_path, fwpkm_value_dim=2100)
+    with pytest.raises(ValueError, match="block_size is 32; expected more: 8400 bytes"), engine(tmp_path, **LIMIT):
+        pass
+
+
 def test_several_samples_of_a_prompt(model):
     """The samples begin in one step, and each needs what the others read of the prompt."""
     texts = prompts(90, 33, 65, 61)
@@ -352,6 +454,15 @@ def test_commit_after_prompt_is_refused_where_pages_are_shared(model):
         generate(llm, prompts(5), extra_args={"commit_after_prompt": True})
 
 
+def test_commit_after_prompt_is_refused_where_logs_are_folded(model):
+    from fwpkm_vllm.commit import CommitAfterPrompt
+
+    options = LIMIT | {"enable_prefix_caching": False}
+    EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
+    with pytest.raises(ValueError, match="without fast_weight_log_limit"):
+        CommitAfterPrompt.validate_params(SamplingParams(extra_args={"commit_after_prompt": True}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -360,6 +471,8 @@ def test_commit_after_prompt_is_refused_where_pages_are_shared(model):
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config is ngram"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config is"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager is True; expected false"),
+        ({"additional_config": {"fast_weight_log_limit": 0}}, "fast_weight_log_limit is 0; expected a positive number"),
+        ({"additional_config": {"fast_weight_log_limit": "1K"}}, "fast_weight_log_limit is '1K'; expected a positive"),
         ({"hf_overrides": {"fwpkm_key_update": "fast"}}, "fwpkm_key_update is 'fast'; expected 'slow' or 'train_only'"),
         ({"hf_overrides": {"layer_types": ["linear_attention"] * 3}}, "layer_types is linear_attention; expected"),
     ],

@@ -68,7 +68,7 @@ def test_the_package_works_without_vllm():
 import sys
 sys.path[:0] = [".", "integrations/vllm"]
 sys.modules["vllm"] = None  # importing it fails
-import fwpkm, fwpkm_vllm, fwpkm_vllm.records, fwpkm_vllm.step, fwpkm_vllm.tokenizer
+import fwpkm, fwpkm_vllm, fwpkm_vllm.folded, fwpkm_vllm.records, fwpkm_vllm.step, fwpkm_vllm.tokenizer
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from fwpkm_vllm import step as step_module
+from fwpkm_vllm.folded import Folded
 from fwpkm_vllm.step import Batch, Pages, Step
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -19,8 +20,10 @@ from tests.serving.toy import NOBODY, Server, alone, documents, memory_layer
 
 LENGTH = 36
 ACTIONS = ("add", "join", "step", "preempt", "abort", "finish")
-# Setups: chunk size, lookahead, width of the convolution, records a page of the log and of recent tokens.
+# Setups: chunk size, lookahead, width of the convolution, records a page of the log and of recent tokens; rows a page
+# that logs are folded to.
 SETUPS = [(4, 1, 3, 5, 3), (5, 2, 0, 2, 4), (3, 0, 4, 4, 4), (7, 1, 2, 3, 2)]
+FOLDING = [(4, 1, 3, 2, 2, 9), (3, 1, 0, 3, 4, 25), (5, 2, 2, 5, 2, 14)]
 
 
 def prepare(setup: tuple[int, ...]) -> tuple:
@@ -33,20 +36,23 @@ def prepare(setup: tuple[int, ...]) -> tuple:
     return layer, texts, [[alone(layer, text, origin) for origin in (0, 9)] for text in texts]
 
 
-PREPARED = {setup: prepare(setup) for setup in SETUPS}
+PREPARED = {setup: prepare(setup) for setup in SETUPS + FOLDING}
 
 
 class Serving(RuleBasedStateMachine):
     """Requests come, are read in pieces beside others, lose their pages, go; each is compared with itself alone."""
 
+    setups: ClassVar = SETUPS
     pairs: ClassVar[Counter[tuple[str, str]]] = Counter()  # which action followed which
     compared = 0
+    versions = 0  # of folded rows that were made
     reused = 0  # blocks that had belonged to somebody else before
 
-    @initialize(setup=st.sampled_from(SETUPS))
-    def start(self, setup: tuple[int, ...]) -> None:
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        setup = data.draw(st.sampled_from(self.setups))
         layer, texts, self.expected = PREPARED[setup]
-        self.server = Server(layer, texts, *setup[3:], blocks=30)
+        self.server = Server(layer, texts, *setup[3:], blocks=36)
         self.before: str | None = None
         self.used: set[tuple[str, int]] = set()
 
@@ -57,7 +63,7 @@ class Serving(RuleBasedStateMachine):
 
     @rule(document=st.integers(0, 4), length=st.integers(1, LENGTH), early=st.booleans())
     def add(self, document: int, length: int, early: bool) -> None:
-        self.server.add(document, length, 9 if early else 0)
+        self.server.add(document, length, 9 if early and not self.server.stretch else 0)
         self.did("add")
 
     @precondition(lambda self: self.server.requests)
@@ -74,12 +80,12 @@ class Serving(RuleBasedStateMachine):
         pieces = []
         for request in self.server.requests:
             left = request.length - request.computed
-            count = min(left, data.draw(st.sampled_from([0, 1, 1, 2, 3, 5, 9, LENGTH])))
+            count = min(left, self.server.longest_piece, data.draw(st.sampled_from([0, 1, 1, 2, 3, 5, 9, LENGTH])))
             if count and self.server.allocate(request, count):
                 pieces.append((request, count))
         if not pieces:
             return
-        for kind in ("log", "recent"):
+        for kind in self.server.pools:
             now = {(kind, b) for request, _ in pieces for b in request.blocks[kind] if b != NOBODY}
             Serving.reused += len(now & self.used)
             self.used |= now
@@ -88,6 +94,8 @@ class Serving(RuleBasedStateMachine):
             expected = self.expected[document][origin > 0][first:end]
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
             Serving.compared += 1
+            if self.server.stretch:
+                Serving.versions += end // self.server.stretch - first // self.server.stretch
         self.did("step")
 
     def run(self, pieces: list, padding: int) -> list[torch.Tensor]:
@@ -119,13 +127,21 @@ def run(machine: type[Serving], **more: object) -> None:
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, **more))
 
 
-def test_what_a_request_gets_depends_on_nobody_else():
+class Folding(Serving):
+    """The same with logs that are folded."""
+
+    setups = FOLDING
+
+
+@pytest.mark.parametrize("machine", [Serving, Folding])
+def test_what_a_request_gets_depends_on_nobody_else(machine):
     Serving.pairs.clear()
-    Serving.compared = Serving.reused = 0
+    Serving.compared = Serving.reused = Serving.versions = 0
     examples = 4 * settings().max_examples
-    run(Serving, max_examples=examples)
+    run(machine, max_examples=examples)
     assert Serving.compared > 5 * examples
     assert Serving.reused > examples
+    assert (Serving.versions > examples // 4) == (machine is Folding)
     if examples >= 160:
         assert set(Serving.pairs) == set(itertools.product(ACTIONS, ACTIONS)), "a pair of actions never happened"
     if examples >= 1200:
@@ -152,16 +168,31 @@ class Faulty(Serving):
         pass
 
 
-def with_tables(step: Step, change) -> Step:
-    log, recent = (dataclasses.replace(x, table=change(x.table.clone())) for x in (step.log, step.recent))
-    return dataclasses.replace(step, log=log, recent=recent)
+def with_tables(step: Step, change, *names: str) -> Step:
+    pages = {name: getattr(step, name) for name in names}
+    changed = {k: dataclasses.replace(x, table=change(x.table.clone())) for k, x in pages.items() if x is not None}
+    return dataclasses.replace(step, **changed)
+
+
+def next_row(table: torch.Tensor) -> torch.Tensor:
+    return table.roll(1, 0) if table.shape[0] > 1 else table
 
 
 class WrongBlock(Faulty):
     """The first blocks of two requests are confused."""
 
     def change(self, step: Step) -> Step:
-        return with_tables(step, lambda table: table.roll(1, 0) if table.shape[0] > 1 else table)
+        return with_tables(step, next_row, "log", "recent")
+
+
+class WrongRows(Faulty):
+    """The folded rows of two requests are confused, where they are read."""
+
+    setups = FOLDING
+
+    def change(self, step: Step) -> Step:
+        assert step.folded is not None
+        return with_tables(step, next_row, "folded") if not step.folded.due else step
 
 
 class MissingReset(Serving):
@@ -189,7 +220,17 @@ class StalePage(Serving):
                 self.server.pools[kind].holders[block] += 1
 
 
-@pytest.mark.parametrize("machine", [WrongBlock, MissingReset, StalePage])
+class LateRows(Faulty):
+    """Rows are made one step too late: the version that was to be read is not there."""
+
+    setups = FOLDING
+
+    def change(self, step: Step) -> Step:
+        assert step.folded is not None
+        return dataclasses.replace(step, folded=dataclasses.replace(step.folded, due=[]))
+
+
+@pytest.mark.parametrize("machine", [WrongBlock, WrongRows, LateRows, MissingReset, StalePage])
 def test_faults_of_the_server_are_noticed(machine):
     expect_failure(machine)
 
@@ -208,7 +249,18 @@ def _writes_what_is_not_its_own(self: Pages, name, new, which=None):
     WRITE(self, name, new, None)
 
 
+def _begins_with_the_first_record(self: Folded, computed):
+    return torch.zeros_like(computed)
+
+
+def _forgets_what_was_folded_before(self: Folded, request, version, *records):
+    if version > 1:
+        self.rows[self._blocks(request, version - 1)] = 0
+    MAKE(self, request, version, *records)
+
+
 CHUNKS, READ, WRITE = Batch.chunks, Pages.read, Pages.write
+MAKE = Folded.make
 
 
 @pytest.mark.parametrize(
@@ -216,9 +268,11 @@ CHUNKS, READ, WRITE = Batch.chunks, Pages.read, Pages.write
     [
         (Batch, "chunks", _reads_the_open_chunk),
         (Pages, "write", _writes_what_is_not_its_own),
+        (Folded, "covered", _begins_with_the_first_record),
+        (Folded, "make", _forgets_what_was_folded_before),
         (step_module, "relative_write_scale", lambda config, length: torch.ones_like(length)),
     ],
-    ids=["open chunk", "other rounds' records", "short chunk"],
+    ids=["open chunk", "other rounds' records", "folded records", "older rows", "short chunk"],
 )
 def test_faults_of_the_layer_are_noticed(monkeypatch, owner, name, fault):
     monkeypatch.setattr(owner, name, fault)
@@ -232,4 +286,4 @@ def test_faults_of_the_layer_are_noticed(monkeypatch, owner, name, fault):
         with pytest.raises(AssertionError):
             torch.testing.assert_close(out, alone(layer, text, 10), rtol=1e-4, atol=1e-4)
         return
-    expect_failure(Serving)
+    expect_failure(Folding if owner is Folded else Serving)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from fwpkm_vllm.records import MOST, Field, Layout, log_layout, tokens_per_page
+from fwpkm_vllm.records import MOST, Field, Layout, log_layout, stretch, tokens_per_page
 from fwpkm_vllm.step import Batch, Step, serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fwpkm.models import FwPKMConfig
 from tests.draws import seeds
-from tests.serving.toy import Server, alone, documents, memory_layer
+from tests.serving.toy import LIMIT, NOBODY, Request, Server, alone, documents, memory_layer
 
 LENGTH = 40
 
@@ -43,13 +43,18 @@ def test_any_cut_into_steps_gives_what_the_layer_gives(
     server = Server(layer, texts, *pages, blocks=150)
     early = [data.draw(st.integers(0, LENGTH // 2)) if origins else 0 for _ in texts]
     requests = [server.add(i, LENGTH, early[i]) for i in range(3)]
-    got = {i: [] for i in range(3)}
+    check_any_cut(server, requests, data)
+
+
+def check_any_cut(server: Server, requests: list[Request], data: st.DataObject) -> None:
+    """Read ``requests`` in pieces, and compare with what the layer gives for each alone."""
+    got: dict[int, list[torch.Tensor]] = {request.document: [] for request in requests}
     while server.requests:
         pieces = []
         for request in server.requests:
             if data.draw(st.booleans()) or request is server.requests[-1]:
-                left = request.length - request.computed
-                count = 1 if data.draw(st.booleans()) else data.draw(st.integers(1, left))
+                most = min(request.length - request.computed, server.longest_piece)
+                count = 1 if data.draw(st.booleans()) else data.draw(st.integers(1, most))
                 assert server.allocate(request, count)
                 pieces.append((request, count))
         for (request, _), out in zip(pieces, server.step(pieces, padding=data.draw(st.integers(0, 3))), strict=True):
@@ -57,8 +62,53 @@ def test_any_cut_into_steps_gives_what_the_layer_gives(
         for request in [r for r in server.requests if r.computed == r.length]:
             server.remove(request)
     for request in requests:
-        expected = alone(layer, texts[request.document], request.origin)
+        expected = alone(server.layer, server.documents[request.document], request.origin)
         torch.testing.assert_close(torch.cat(got[request.document]), expected, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    seed=seeds,
+    query_conv=st.sampled_from([0, 3]),
+    heads=st.sampled_from([1, 2]),
+    lookahead=st.integers(0, 3),
+    chunk_size=st.integers(1, 5),
+    write_scale=st.sampled_from(["reference", "exact"]),
+    pages=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 30)),
+    log_dtype=st.sampled_from(["float32", "bfloat16"]),
+    data=st.data(),
+)
+def test_a_log_may_be_folded_at_any_time(
+    seed, query_conv, heads, lookahead, chunk_size, write_scale, pages, log_dtype, data
+):
+    layer = memory_layer(
+        seed,
+        query_conv,
+        heads,
+        lookahead=lookahead,
+        chunk_size=chunk_size,
+        write_scale=write_scale,
+        log_dtype=log_dtype,
+        learning_rate=0.5,
+    )
+    length = 3 * stretch(LIMIT, chunk_size, *pages[:2]) + 5
+    server = Server(layer, documents(layer, seed, 2, length), *pages, blocks=300)
+    check_any_cut(server, [server.add(i, length) for i in range(2)], data)
+    for kind, pool in server.pools.items():
+        assert len(pool.free) == len(pool.holders) - 1, f"{kind} pages were kept"
+
+
+def test_a_folded_log_holds_one_stretch_and_one_version():
+    layer = memory_layer(0, chunk_size=4)
+    server = Server(layer, documents(layer, 0, 1, 80), 4, 4, 10, blocks=90)
+    request = server.add(0, 80)
+    for count in (5, 5, 1, 1, 8, 8, *[1] * 40, 8, 4):
+        assert server.allocate(request, count)
+        server.step([(request, count)])
+        held = {kind: sum(block != NOBODY for block in blocks) for kind, blocks in request.blocks.items()}
+        assert held["log"] <= (8 + count + 3) // 4 + 1
+        assert held["folded"] <= 3 * (1 + (request.computed >= 16))  # the one read, and the one just made
+    assert server.stretch == 8
+    assert request.computed == 80
 
 
 def test_a_half_precision_log_rounds_as_the_layer_does():
@@ -117,6 +167,14 @@ def test_records_fill_pages(page_bytes, record_bytes, block):
         assert tokens < block or (tokens + block) * record_bytes > page_bytes
 
 
+@given(st.integers(1, 10_000), st.lists(st.integers(1, 60), min_size=1, max_size=4))
+def test_stretches_are_whole_chunks_and_blocks(limit, sizes):
+    tokens = stretch(limit, *sizes)
+    assert tokens >= limit
+    assert not any(tokens % size for size in sizes)
+    assert not any(all(n % size == 0 for size in sizes) for n in range(limit, min(tokens, limit + 500)))
+
+
 def test_a_request_at_the_papers_size_takes_less_than_8_megabytes_a_layer():
     """Of 4,096 tokens, beside 12 heads of 64 numbers in half precision; dense fast weights are 513 MiB."""
     config = FwPKMConfig(fwpkm_log_dtype="bfloat16")
@@ -154,8 +212,8 @@ def test_a_step_is_one_graph_that_waits_for_nothing():
         torch.testing.assert_close(whole(layer, hidden, step), serve(layer, hidden, step))
         return step
 
-    for counts in ((1, 1), (20, 9)):
-        server = Server(layer, texts, 4, 4, blocks=40)
+    for counts, rows in (((1, 1), None), ((20, 9), None), ((5, 8), 7)):
+        server = Server(layer, texts, 4, 4, rows, blocks=40)
         pieces = [(server.add(i, 32), count) for i, count in enumerate(counts)]
         assert all(server.allocate(*piece) for piece in pieces)
         server.step(pieces, padding=1, change=compiled)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from fwpkm_vllm.records import Layout, log_layout, recent_layout, window
+from fwpkm_vllm.folded import Folded
+from fwpkm_vllm.records import Layout, log_layout, recent_layout, row_layout, stretch, window
 from fwpkm_vllm.step import Batch, Pages, Step, serve
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fwpkm.layers import FwPKM
 from fwpkm.memory import MemoryConfig
 from fwpkm.models import FwPKMConfig
 
+LIMIT = 8  # of the log of a request, in tokens, where logs are folded
 NOBODY = 0  # the block that padding is written to
 
 
@@ -30,7 +32,7 @@ class Request:
     length: int
     origin: int = 0  # where its memory commits early
     computed: int = 0
-    blocks: dict[str, list[int]] = field(default_factory=lambda: {"log": [], "recent": []})
+    blocks: dict[str, list[int]] = field(default_factory=lambda: {"log": [], "recent": [], "folded": []})
 
 
 class Pool:
@@ -64,9 +66,18 @@ class Pool:
 
 
 class Server:
-    """One memory layer that serves requests for ``documents [T, D]``."""
+    """One memory layer that serves requests for ``documents [T, D]``; with ``rows`` a page, logs are folded."""
 
-    def __init__(self, layer: FwPKM, documents: Sequence[Tensor], log_page: int, recent_page: int, blocks: int) -> None:
+    def __init__(
+        self,
+        layer: FwPKM,
+        documents: Sequence[Tensor],
+        log_page: int,
+        recent_page: int,
+        rows: int | None = None,
+        *,
+        blocks: int,
+    ) -> None:
         self.layer, self.documents = layer, documents
         memory = layer.config
         config = FwPKMConfig(
@@ -78,6 +89,11 @@ class Server:
         )
         layouts = {"log": log_layout(config), "recent": recent_layout(config, layer.query.weight.dtype)}
         pages = {"log": log_page, "recent": recent_page}
+        self.stretch = None
+        if rows is not None:
+            layouts["folded"], pages["folded"] = row_layout(config), rows
+            self.stretch = stretch(LIMIT, memory.chunk_size, log_page, recent_page)
+            self.pages = -(-layer.values.shape[0] // rows)  # of a version of the rows
         self.pools = {kind: Pool(layouts[kind], pages[kind], blocks) for kind in layouts}
         self.window = window(config)
         self.requests: list[Request] = []
@@ -97,36 +113,42 @@ class Server:
         same = (mine[:shortest] != theirs[:shortest]).any(1)
         common = int(same.int().argmax()) if bool(same.any()) else shortest
         limit = min(common, other.computed, request.length - 1)
-        pages = [pool.page for pool in self.pools.values()]
+        pages = [self.pools[kind].page for kind in ("log", "recent")]
         for tokens in range(limit, 0, -1):
             if any(tokens % page for page in pages) or request.origin != other.origin:
                 continue
-            needed = self.blocks_in_window(tokens)
-            if all(other.blocks["recent"][i] != NOBODY for i in needed):
+            needed = {kind: self.needed(kind, tokens) for kind in self.pools}
+            if all(other.blocks[kind][i] != NOBODY for kind in self.pools for i in needed[kind]):
                 break
         else:
             return
         request.computed = tokens
-        request.blocks["log"] = other.blocks["log"][: tokens // pages[0]]
-        recent = other.blocks["recent"][: tokens // pages[1]]
-        request.blocks["recent"] = [block if i in needed else NOBODY for i, block in enumerate(recent)]
         for kind, pool in self.pools.items():
+            row = other.blocks[kind][: needed[kind].stop]
+            request.blocks[kind] = [block if i in needed[kind] else NOBODY for i, block in enumerate(row)]
             for block in request.blocks[kind]:
                 pool.holders[block] += block != NOBODY
 
-    def blocks_in_window(self, computed: int) -> range:
-        """Of the recent pages, those that the next token needs."""
-        page = self.pools["recent"].page
-        return range(max(0, computed - self.window + 1) // page, -(-computed // page))
+    @property
+    def longest_piece(self) -> int:
+        """A step may complete one stretch, not more."""
+        return self.stretch or 1 << 30
+
+    def needed(self, kind: str, computed: int) -> range:
+        """Of a request's pages of a kind, those that its next token needs."""
+        page, whole = self.pools[kind].page, computed // self.stretch if self.stretch else 0
+        if kind == "folded":
+            return range(max(0, whole - 1) * self.pages, whole * self.pages)
+        first = max(0, computed - self.window + 1) if kind == "recent" else whole * (self.stretch or 0)
+        return range(first // page, -(-computed // page))
 
     def allocate(self, request: Request, tokens: int) -> bool:
-        """Pages for that many more tokens; what has left the window is given back. False if there are not enough."""
-        recent = self.pools["recent"]
-        for i in range(self.blocks_in_window(request.computed).start):
-            recent.give_back(request.blocks["recent"][i])
-            request.blocks["recent"][i] = NOBODY
-        end = request.computed + tokens
-        missing = {kind: -(-end // pool.page) - len(request.blocks[kind]) for kind, pool in self.pools.items()}
+        """Pages for that many more tokens; what is not needed any more is given back. False if there are not enough."""
+        for kind, pool in self.pools.items():
+            for i in range(min(len(request.blocks[kind]), self.needed(kind, request.computed).start)):
+                pool.give_back(request.blocks[kind][i])
+                request.blocks[kind][i] = NOBODY
+        missing = {k: self.needed(k, request.computed + tokens).stop - len(request.blocks[k]) for k in self.pools}
         if any(missing[kind] > len(pool.free) for kind, pool in self.pools.items()):
             return False
         for kind, pool in self.pools.items():
@@ -151,6 +173,7 @@ class Server:
         self, pieces: Sequence[tuple[Request, int]], padding: int = 0, change: Callable[[Step], Step] | None = None
     ) -> list[Tensor]:
         """Read the next so many tokens of requests, which have their pages; ``padding`` tokens follow."""
+        assert all(count <= self.longest_piece for _, count in pieces)
         counts = torch.tensor([count for _, count in pieces])
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         lengths = torch.tensor([request.computed + count for request, count in pieces])
@@ -159,19 +182,27 @@ class Server:
         hidden.append(hidden[0].new_full((padding, hidden[0].shape[1]), 0.5))
         total = int(counts.sum()) + padding
         batch = Batch.of(starts, lengths, total, int(counts.max()), origins if bool(origins.any()) else None)
-        pages = {}
-        for kind, pool in self.pools.items():
+        tables, pages = {}, {}
+        for kind in self.pools:
             width = max(len(request.blocks[kind]) for request, _ in pieces) + 2
-            table = torch.full((len(pieces), width), torch.iinfo(torch.int32).max, dtype=torch.int32)
-            places = []
+            nothing = torch.iinfo(torch.int32).max
+            table = tables[kind] = torch.full((len(pieces), width), nothing, dtype=torch.int32)
+            for i, (request, _) in enumerate(pieces):
+                blocks = torch.tensor(request.blocks[kind], dtype=torch.int32)
+                table[i, : len(blocks)] = blocks if kind == "recent" else blocks.masked_fill(blocks == NOBODY, nothing)
+        for kind in ("log", "recent"):
+            page, places = self.pools[kind].page, []
             for i, (request, count) in enumerate(pieces):
-                blocks = torch.tensor(request.blocks[kind])
-                table[i, : len(blocks)] = blocks
                 at = torch.arange(request.computed, request.computed + count)
-                places.append(blocks[at // pool.page] * pool.page + at % pool.page)
+                places.append(tables[kind][i, at // page].long() * page + at % page)
             places.append(torch.zeros(padding, dtype=torch.int64))
-            pages[kind] = Pages(pool.fields, table, torch.cat(places))
-        step = Step(batch, pages["log"], pages["recent"])
+            pages[kind] = Pages(self.pools[kind].fields, tables[kind], torch.cat(places))
+        folded = None
+        if self.stretch:
+            versions = [((r.computed + count) // self.stretch, r.computed // self.stretch) for r, count in pieces]
+            due = [(i, version) for i, (version, before) in enumerate(versions) if version > before]
+            folded = Folded(self.pools["folded"].fields["rows"], tables["folded"], self.stretch, self.pages, due)
+        step = Step(batch, pages["log"], pages["recent"], folded)
         with torch.no_grad():
             out = serve(self.layer, torch.cat(hidden), change(step) if change else step)
         for request, count in pieces:

@@ -24,7 +24,7 @@ NAME = "commit_after_prompt"
 class CommitAfterPrompt(LogitsProcessor):
     """Where the memories of the requests in each row of the batch commit early."""
 
-    prefix_caching: ClassVar[bool] = True
+    refused: ClassVar[str | None] = None  # what is expected instead, where it is not served
     current: ClassVar[CommitAfterPrompt | None] = None  # of this process, which runs one model
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -34,11 +34,10 @@ class CommitAfterPrompt(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what is no flag, and commits where pages are shared by their tokens alone."""
+        """Refuse what is no flag, and commits where something relies on where chunks end."""
         asked = (sampling_params.extra_args or {}).get(NAME, False)
         require(asked in (0, 1), NAME, repr(asked), "true or false")  # vLLM's HTTP interface makes a number of a flag
-        caches = asked and cls.prefix_caching
-        require(not caches, NAME, asked, "false, or a server with --no-enable-prefix-caching: commits change records")
+        require(not asked or cls.refused is None, NAME, asked, "{}", cls.refused)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests to their rows; vLLM calls this before each forward."""

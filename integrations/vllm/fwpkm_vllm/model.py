@@ -21,9 +21,8 @@ from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.pkm import ProductKeyMemory
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.modeling import memory_layer
-from fwpkm_vllm.pages import RecordPages
-from fwpkm_vllm.records import log_layout, recent_layout, window
-from fwpkm_vllm.step import Step, serve
+from fwpkm_vllm.pages import MemoryPages
+from fwpkm_vllm.step import serve
 
 # The parts of vLLM's fused projections, as checkpoints have them.
 FUSED = {
@@ -34,18 +33,6 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 MEMORY = ("keys", "values")  # tensors of a memory layer that may be buffers
-
-
-class MemoryPages(nn.Module):
-    """The pages of a memory layer: its write log, and what the next few tokens need."""
-
-    def __init__(self, config: FwPKMConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        n, values = config.fwpkm_n_subkeys, config.fwpkm_value_dim
-        dense = 4 * n * (n * values + config.fwpkm_heads * config.fwpkm_key_dim)
-        recent = recent_layout(config, vllm_config.model_config.dtype)
-        self.log = RecordPages(log_layout(config), None, vllm_config, f"{prefix}.log", dense)
-        self.recent = RecordPages(recent, window(config), vllm_config, f"{prefix}.recent")
 
 
 class DecoderBlock(nn.Module):
@@ -87,10 +74,9 @@ class DecoderBlock(nn.Module):
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         if self.memory is not None and self.pages is not None:
-            batch, log = self.pages.log.current(hidden.shape[0], hidden.device)
-            _, recent = self.pages.recent.current(hidden.shape[0], hidden.device)
-            tokens = batch.requests.shape[0]
-            read = serve(self.memory, hidden[:tokens], Step(batch, log, recent))
+            step = self.pages.step(hidden.shape[0], hidden.device)
+            tokens = step.batch.requests.shape[0]
+            read = serve(self.memory, hidden[:tokens], step)
             hidden = read if tokens == hidden.shape[0] else torch.cat((read, hidden[tokens:]))  # padding
         hidden = hidden + self.mixer(positions, self.mixer_norm(hidden))
         normed = self.mlp_norm(hidden)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from fwpkm.checks import require
 from fwpkm.models import FwPKMConfig
 from fwpkm_vllm.commit import CommitAfterPrompt
+
+LIMIT = "fast_weight_log_limit"
+
+
+def log_limit(vllm_config: VllmConfig) -> int | None:
+    """From how many tokens on a request's records are added up (``--additional-config``); None for never.
+
+    Raises:
+        ValueError: if it is no number of tokens.
+    """
+    others: Any = vllm_config.additional_config
+    limit = others.get(LIMIT) if isinstance(others, dict) else None
+    if limit is not None:
+        whole = isinstance(limit, int) and not isinstance(limit, bool)
+        require(whole and limit > 0, LIMIT, repr(limit), "a positive number of tokens")
+    return limit
 
 
 class Options(VerifyAndUpdateConfig):
@@ -38,8 +56,14 @@ class Options(VerifyAndUpdateConfig):
         require(transfer is None, "kv_transfer_config", connector, "none: connectors do not know the memories' records")
         single = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         require(not single, "disable_hybrid_kv_cache_manager", single, "false: records are kept for different times")
+        limit = log_limit(vllm_config)
         if not vllm_config.use_v2_model_runner:  # whose logits processors are others
-            CommitAfterPrompt.prefix_caching = vllm_config.cache_config.enable_prefix_caching
+            if limit is not None:
+                CommitAfterPrompt.refused = f"false, or a server without {LIMIT}: stretches of tokens are whole chunks"
+            elif vllm_config.cache_config.enable_prefix_caching:
+                CommitAfterPrompt.refused = "false, or a server with --no-enable-prefix-caching: commits change records"
+            else:
+                CommitAfterPrompt.refused = None
             model = vllm_config.model_config
             model.logits_processors = [*(model.logits_processors or ()), CommitAfterPrompt]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,13 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from fwpkm.checks import require
+from fwpkm.models import FwPKMConfig
 from fwpkm_vllm.commit import origins
-from fwpkm_vllm.records import Layout, tokens_per_page
-from fwpkm_vllm.sharing import LogSpec
-from fwpkm_vllm.step import Batch, Pages
+from fwpkm_vllm.folded import Folded
+from fwpkm_vllm.options import log_limit
+from fwpkm_vllm.records import Layout, log_layout, recent_layout, row_layout, stretch, tokens_per_page, window
+from fwpkm_vllm.sharing import CleaningSpec, FoldedSpec, LogSpec, StretchSpec
+from fwpkm_vllm.step import Batch, Pages, Step
 
 logger = init_logger("vllm.fwpkm")
 
@@ -31,6 +35,7 @@ class PagesMetadata:
     batch: Batch
     table: Tensor  # [R, B]
     places: Tensor  # [T]
+    due: Sequence[tuple[int, int]]  # requests that complete a stretch in this step, and which
 
 
 class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
@@ -38,6 +43,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.stretch = kv_cache_spec.attention_chunk_size if isinstance(kv_cache_spec, FoldedSpec) else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -52,7 +58,18 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             origins(requests, common.seq_lens.device),
         )
         places = common.slot_mapping[:tokens].clamp_min(0)  # vLLM's -1, of padding, to the block of nobody
-        return PagesMetadata(batch, common.block_table_tensor[:requests], places)
+        due = [] if self.stretch is None else completed(common, self.stretch)
+        return PagesMetadata(batch, common.block_table_tensor[:requests], places, due)
+
+
+def completed(common: CommonAttentionMetadata, stretch: int) -> list[tuple[int, int]]:
+    """Requests that complete a stretch in this step, and which; from what the host knows, without waiting."""
+    lengths = common.seq_lens_cpu_upper_bound  # exact, as there is no speculative decoding
+    pieces = common.query_start_loc_cpu.diff()
+    after = (common.seq_lens if lengths is None else lengths).tolist()[: common.num_reqs]
+    stretches = [((end - piece) // stretch, end // stretch) for end, piece in zip(after, pieces.tolist(), strict=False)]
+    assert all(last <= first + 1 for first, last in stretches), "a step is no longer than a stretch"
+    return [(i, last) for i, (first, last) in enumerate(stretches) if first < last]
 
 
 class PagesBackend(AttentionBackend):
@@ -75,52 +92,44 @@ class RecordPages(nn.Module, AttentionLayerBase):
     """Pages of records of one kind, of one memory layer; vLLM allocates, shares, caches and frees them.
 
     Args:
+        config: of the model.
         layout: of a record.
-        window: how many of its last tokens a request keeps; None for all.
         vllm_config: vLLM's, which learns of this layer.
         prefix: the layer's name.
-        replaces: bytes of the dense fast weights that a request has these records instead of.
     """
 
-    def __init__(
-        self, layout: Layout, window: int | None, vllm_config: VllmConfig, prefix: str, replaces: int = 0
-    ) -> None:
+    def __init__(self, config: FwPKMConfig, layout: Layout, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.layout, self.window, self.prefix, self.replaces = layout, window, prefix, replaces
+        self.config, self.layout, self.prefix = config, layout, prefix
         vllm_config.compilation_config.static_forward_context[prefix] = self
         self.kv_cache: Any = ()
-        self.page_bytes = self.tokens = 0  # known when there are pages
+        self.page_bytes = self.records = 0  # of a page; known when there are pages
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return PagesBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
-        """Pages of the size that attention has, with as many records as fit."""
-        block_size = vllm_config.cache_config.block_size
+    def kind(self, vllm_config: VllmConfig) -> dict[str, Any]:
+        """Of pages of the size that attention has, with as many records as fit."""
         page_bytes = attention_page_bytes(vllm_config)
-        tokens = tokens_per_page(page_bytes, self.layout.nbytes, block_size)
+        tokens = tokens_per_page(page_bytes, self.layout.nbytes, vllm_config.cache_config.block_size)
         self.page_bytes = max(page_bytes, tokens * self.layout.nbytes)
-        kind: dict[str, Any] = {
+        return self.bytes_of(tokens, self.layout.nbytes)
+
+    def whole_pages(self, vllm_config: VllmConfig) -> dict[str, Any]:
+        """Of pages of that size which do not belong to tokens; vLLM has blocks of tokens only."""
+        self.page_bytes, tokens = attention_page_bytes(vllm_config), vllm_config.cache_config.block_size
+        return self.bytes_of(tokens, self.page_bytes // tokens)
+
+    def bytes_of(self, tokens: int, nbytes: int) -> dict[str, Any]:
+        """What vLLM is to know of pages for so many tokens."""
+        return {
             "block_size": tokens,
             "num_kv_heads": 1,
-            "head_size": self.layout.nbytes,
+            "head_size": nbytes,
             "head_size_v": 0,
             "dtype": torch.uint8,
             "page_size_padded": self.page_bytes,
         }
-        if self.window is not None:
-            return SlidingWindowSpec(sliding_window=self.window, **kind)
-        spec = LogSpec(**kind)
-        if self.replaces:
-            bytes_a_token = spec.page_size_bytes / tokens
-            logger.info_once(
-                "Write logs: %.0f bytes a token and memory layer, %.2f MB for a request of 4096 tokens; dense fast "
-                "weights would take %.2f MB, which all requests share, read-only.",
-                bytes_a_token,
-                4096 * bytes_a_token / 1e6,
-                self.replaces / 1e6,
-            )
-        return spec
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the cache, bytes ``[blocks, 1, page, nbytes]``.
@@ -131,29 +140,138 @@ class RecordPages(nn.Module, AttentionLayerBase):
         """
         blocks, _, tokens, nbytes = kv_cache.shape
         require(kv_cache.stride()[2:] == (nbytes, 1), "kv_cache.stride()", kv_cache.stride(), "records side by side")
-        self.tokens = tokens
+        self.records = tokens * nbytes // self.layout.nbytes
         self.kv_cache = kv_cache.as_strided((blocks, self.page_bytes), (kv_cache.stride(0), 1))
 
     @property
     def fields(self) -> dict[str, Tensor]:
         """``[blocks, page, width]`` of each field, views of the cache."""
-        records = self.kv_cache[:, : self.tokens * self.layout.nbytes]
-        return self.layout.views(records.unflatten(1, (self.tokens, self.layout.nbytes)))
+        records = self.kv_cache[:, : self.records * self.layout.nbytes]
+        return self.layout.views(records.unflatten(1, (self.records, self.layout.nbytes)))
 
-    def current(self, tokens: int, device: torch.device) -> tuple[Batch, Pages]:
-        """The step of the current forward, and this layer's pages in it.
-
-        While vLLM measures how much memory a step takes there are none: then one request with a page for nobody.
-        """
+    @property
+    def metadata(self) -> PagesMetadata | None:
+        """Of the current forward; None while vLLM measures how much memory a step takes."""
         everything: Any = get_forward_context().attn_metadata
-        if everything is not None:
-            metadata: PagesMetadata = everything[self.prefix]
-            return metadata.batch, Pages(self.fields, metadata.table, metadata.places)
-        nothing = torch.zeros(1, 1, self.layout.nbytes, dtype=torch.uint8, device=device)
-        places = torch.zeros(tokens, dtype=torch.int64, device=device)
+        return None if everything is None else everything[self.prefix]
+
+    def current(self) -> Pages:
+        """These pages in the current forward, of which there is metadata."""
+        assert self.metadata is not None
+        return Pages(self.fields, self.metadata.table, self.metadata.places)
+
+
+class RecentPages(RecordPages):
+    """Records of the last tokens."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        return SlidingWindowSpec(sliding_window=window(self.config), **self.kind(vllm_config))
+
+
+class LogPages(RecordPages):
+    """The write log: of all tokens, or of those since the last whole stretch if there is a limit."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        kind, config = self.kind(vllm_config), self.config
+        length, (n, width) = stretch_length(config, vllm_config), (config.fwpkm_n_subkeys, config.fwpkm_value_dim)
+        bytes_a_token = self.page_bytes / kind["block_size"]
+        logger.info_once(
+            "Write logs: %.0f bytes a token and memory layer, %.2f MB for a request of 4096 tokens; dense fast "
+            "weights would take %.2f MB, which all requests share, read-only.",
+            bytes_a_token,
+            4096 * bytes_a_token / 1e6,
+            4 * n * (n * width + config.fwpkm_heads * config.fwpkm_key_dim) / 1e6,
+        )
+        if length is None:
+            return LogSpec(**kind)
+        logger.info_once(
+            "A request's records are added up after each %d tokens: beyond that it has %.2f MB of rows of its own a "
+            "memory layer, and at most %.2f MB of records.",
+            length,
+            4 * n * n * width / 1e6,
+            (length + vllm_config.max_in_flight_tokens) * bytes_a_token / 1e6,
+        )
+        return StretchSpec(attention_chunk_size=length, **kind)
+
+
+class FoldedPages(RecordPages):
+    """What the records of a request's whole stretches add up to, dense rows."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        kind = self.whole_pages(vllm_config)
+        rows = self.page_bytes // self.layout.nbytes
+        expected = f"more: {self.layout.nbytes} bytes of a row have to fit into a page"
+        require(rows > 0, "block_size", vllm_config.cache_config.block_size, expected)
+        self.pages = -(-(self.config.fwpkm_n_subkeys**2) // rows)
+        length = stretch_length(self.config, vllm_config)
+        assert length is not None
+        self.stretch = length
+        return FoldedSpec(attention_chunk_size=length, pages=self.pages, **kind)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.records = self.page_bytes // self.layout.nbytes
+
+    def current_rows(self) -> Folded:
+        """The rows in the current forward."""
+        assert self.metadata is not None
+        return Folded(self.fields["rows"], self.metadata.table, self.stretch, self.pages, self.metadata.due)
+
+
+class CleaningPages(RecordPages):
+    """No pages of its own: what shows vLLM those of the other layers, to be filled with zeros on a CPU."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        return CleaningSpec(**self.whole_pages(vllm_config))
+
+
+class MemoryPages(nn.Module):
+    """The pages of a memory layer: its write log, what it was folded to, and what the next few tokens need."""
+
+    def __init__(self, config: FwPKMConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.log = LogPages(config, log_layout(config), vllm_config, f"{prefix}.log")
+        recent = recent_layout(config, vllm_config.model_config.dtype)
+        self.recent = RecentPages(config, recent, vllm_config, f"{prefix}.recent")
+        self.folded = None
+        if log_limit(vllm_config) is not None:
+            self.folded = FoldedPages(config, row_layout(config), vllm_config, f"{prefix}.folded")
+            if vllm_config.device_config.device_type == "cpu":
+                self.cleaning = CleaningPages(config, row_layout(config), vllm_config, f"{prefix}.cleaning")
+
+    def step(self, tokens: int, device: torch.device) -> Step:
+        """The step of the current forward.
+
+        While vLLM measures how much memory a step takes it is one request with a page for nobody.
+        """
+        metadata = self.log.metadata
+        if metadata is not None:
+            folded = None if self.folded is None else self.folded.current_rows()
+            return Step(metadata.batch, self.log.current(), self.recent.current(), folded)
         ends = torch.tensor([0, tokens], device=device)
+        places = torch.zeros(tokens, dtype=torch.int64, device=device)
+
+        def for_nobody(layout: Layout) -> Pages:
+            nothing = torch.zeros(1, 1, layout.nbytes, dtype=torch.uint8, device=device)
+            return Pages(layout.views(nothing), places.unsqueeze(0), places)
+
+        if self.folded is not None:  # what a step takes that folds a log
+            config = self.folded.config
+            torch.empty(config.fwpkm_n_subkeys**2, config.fwpkm_value_dim, device=device)
         batch = Batch.of(ends, ends[1:], tokens, tokens)
-        return batch, Pages(self.layout.views(nothing), places.unsqueeze(0), places)
+        return Step(batch, for_nobody(self.log.layout), for_nobody(self.recent.layout))
+
+
+def stretch_length(config: FwPKMConfig, vllm_config: VllmConfig) -> int | None:
+    """After how many tokens a request's records are added up; None for never."""
+    limit = log_limit(vllm_config)
+    if limit is None:
+        return None
+    page_bytes, size = attention_page_bytes(vllm_config), vllm_config.cache_config.block_size
+    layouts = log_layout(config), recent_layout(config, vllm_config.model_config.dtype)
+    blocks = [tokens_per_page(page_bytes, layout.nbytes, size) for layout in layouts]
+    least = vllm_config.scheduler_config.max_num_batched_tokens
+    return stretch(max(limit, least), config.fwpkm_chunk_size, size, *blocks)
 
 
 def attention_page_bytes(vllm_config: VllmConfig) -> int:

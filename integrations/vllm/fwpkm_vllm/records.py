@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,11 @@ def recent_layout(config: FwPKMConfig, dtype: torch.dtype) -> Layout:
     return Layout(*fields)
 
 
+def row_layout(config: FwPKMConfig) -> Layout:
+    """A row of a request's own: what its log has added to a slot."""
+    return Layout(Field("rows", torch.float32, config.fwpkm_value_dim))
+
+
 def window(config: FwPKMConfig) -> int:
     """How many tokens, itself included, a token needs recent records of."""
     return max(config.fwpkm_lookahead + 1, config.fwpkm_query_conv)
@@ -81,3 +87,9 @@ def tokens_per_page(page_bytes: int, record_bytes: int, tokens: int) -> int:
     while tokens > max(1, fit) and tokens % 2 == 0:
         tokens //= 2
     return tokens * min(MOST, max(1, fit // tokens))
+
+
+def stretch(limit: int, *sizes: int) -> int:
+    """The tokens after which records are added up: the first from ``limit`` on where chunks and blocks end."""
+    step = lcm(*sizes)
+    return -(-limit // step) * step

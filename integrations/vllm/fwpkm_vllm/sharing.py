@@ -1,20 +1,22 @@
-"""When pages of a write log may be shared: once their records have been written."""
+"""When pages of a write log may be shared, once their records have been written, and for how long they are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    register_all_kvcache_specs,
+)
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 
-class LogSpec(FullAttentionSpec):
-    """Records of all of a request's tokens."""
-
-
-class LogManager(FullAttentionManager):
+class Later(SingleTypeKVCacheManager):
     """Offers a request's blocks to others one step later than attention does.
 
     vLLM offers blocks when a step is scheduled, to requests of the same step too: attention writes all keys and values
@@ -34,7 +36,187 @@ class LogManager(FullAttentionManager):
         super().cache_blocks(request, written, retention_interval, replay_boundaries=replay_boundaries)
 
 
+class LogSpec(FullAttentionSpec):
+    """Records of all of a request's tokens."""
+
+
+class LogManager(Later, FullAttentionManager):
+    """Keeps all of them."""
+
+
+class StretchSpec(ChunkedLocalAttentionSpec):
+    """Records of the tokens since the last multiple of ``attention_chunk_size``, the length of a stretch."""
+
+
+class StretchManager(Later, ChunkedLocalAttentionManager):
+    """Frees the blocks of a stretch once the next one has begun, as those of chunked local attention."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """What vLLM's own does, whatever block sizes the other layers have."""
+        size, stretch = kv_cache_spec.block_size, kv_cache_spec.attention_chunk_size
+        scale = size // block_pool.hash_block_size
+        first = max_length // stretch * stretch // size
+        found: list[list[Any]] = []
+        for block in range(first, max_length // size):
+            cached = block_pool.get_cached_block(block_hashes[(block + 1) * scale - 1], kv_cache_group_ids)
+            if cached is None:
+                break
+            found.append(cached)
+        length = (first + len(found)) * size // alignment_tokens * alignment_tokens
+        del found[length // size - first :]
+        nothing = [block_pool.null_block] * first
+        return tuple(nothing + [blocks[i] for blocks in found] for i in range(len(kv_cache_group_ids))), length
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedSpec(ChunkedLocalAttentionSpec):
+    """What the records of all whole stretches add up to: dense rows, in ``pages`` blocks.
+
+    The rows at the end of a stretch are a function of the tokens before, have blocks of their own and are never
+    rewritten, as records are. A request's row of the block table has one version of them after the other.
+    """
+
+    pages: int
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """The version that is read, and those that are made in the steps under way."""
+        stretch = self.attention_chunk_size
+        return self.pages * min(1 + -(-max_in_flight_tokens // stretch), max_model_len // stretch)
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        """All versions that a request may come to; vLLM looks where tokens would stand, too."""
+        return max(self.pages * (max_len // self.attention_chunk_size), -(-max_len // self.block_size))
+
+
+class FoldedManager(SingleTypeKVCacheManager):
+    """Gives a request blocks for a version when a step completes its stretch, and frees the version before.
+
+    vLLM's base class counts blocks by tokens: so many are said to be there as have the blocks that there are to be.
+    """
+
+    def __init__(self, kv_cache_spec: FoldedSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.stretch, self.pages = kv_cache_spec.attention_chunk_size, kv_cache_spec.pages
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *others: Any, **more: Any) -> int:
+        return super().get_num_blocks_to_allocate(request_id, self._tokens_of_blocks(num_tokens), *others, **more)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
+        return super().allocate_new_blocks(request_id, self._tokens_of_blocks(num_tokens), num_tokens_main_model)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """In blocks: those of all versions but the last."""
+        return self._tokens_of_blocks(max(0, num_computed_tokens - self.stretch))
+
+    def _tokens_of_blocks(self, tokens: int) -> int:
+        return tokens // self.stretch * self.pages * self.block_size
+
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Offer the last version, if the step before has made it, by the tokens up to its end.
+
+        It is found only whole. vLLM finds a block by tokens and group: here each page is a group of its own.
+        """
+        version = min(num_tokens, request.num_computed_tokens) // self.stretch
+        known = self.num_cached_block.get(request.request_id, 0)
+        if version * self.pages <= known:
+            return
+        blocks = self.req_to_blocks[request.request_id][(version - 1) * self.pages : version * self.pages]
+        for group, block in zip(_groups_of_pages(self.kv_cache_group_id, self.pages), blocks, strict=True):
+            row = [self._null_block] * (version - 1) + [block]
+            self.block_pool.cache_full_blocks(request, row, version - 1, version, self.stretch, group)
+        self.num_cached_block[request.request_id] = version * self.pages
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """The most tokens whose whole stretches' rows are there: those in the first stretch need none."""
+        stretch, pages = kv_cache_spec.attention_chunk_size, kv_cache_spec.pages
+        groups = [page for group in kv_cache_group_ids for page in _groups_of_pages(group, pages)]
+        length = max_length // alignment_tokens * alignment_tokens
+        while version := length // stretch:
+            end = version * stretch // block_pool.hash_block_size
+            cached = block_pool.get_cached_block(block_hashes[end - 1], groups)
+            if cached is not None:
+                nothing = [block_pool.null_block] * ((version - 1) * pages)
+                return tuple(nothing + cached[i : i + pages] for i in range(0, len(groups), pages)), length
+            length = version * stretch - alignment_tokens
+        return tuple([] for _ in kv_cache_group_ids), length
+
+
+MOST_GROUPS = 1 << 12  # of vLLM's; numbers above are those of pages
+
+
+def _groups_of_pages(group: int, pages: int) -> range:
+    """Numbers that stand for pages of a group where vLLM wants a group's."""
+    return range(group + MOST_GROUPS, group + MOST_GROUPS * (pages + 1), MOST_GROUPS)
+
+
+class CleaningSpec(FullAttentionSpec):
+    """No blocks. On a CPU vLLM fills new blocks with zeros through layers that keep all tokens alone."""
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        return 0
+
+
+class CleaningManager(FullAttentionManager):
+    """Gives none."""
+
+    def get_num_blocks_to_allocate(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def allocate_new_blocks(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+    def add_local_computed_blocks(self, *_: Any, **__: Any) -> None:
+        return
+
+    def cache_blocks(self, *_: Any, **__: Any) -> None:
+        return
+
+
+MANAGERS: dict[type, type[SingleTypeKVCacheManager]] = {
+    LogSpec: LogManager,
+    StretchSpec: StretchManager,
+    FoldedSpec: FoldedManager,
+    CleaningSpec: CleaningManager,
+}
+
+
 def register() -> None:
     """Make them known to vLLM's KV-cache manager."""
     register_all_kvcache_specs(None)  # vLLM's own, which it leaves out if it finds others registered
-    KVCacheSpecRegistry.register(LogSpec, LogManager, uniform_type_base_spec=LogSpec)
+    for spec, manager in MANAGERS.items():
+        KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)

@@ -11,6 +11,7 @@ from fwpkm.layers.fwpkm import FwPKM, at_least_float32, zscore
 from fwpkm.memory import MemoryConfig
 from fwpkm.memory.formulas import read_weights, relative_write_scale, write_coefficients
 from fwpkm.ops import PagedLog, log_read, product_key_address
+from fwpkm_vllm.folded import Folded
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Pages:
         positions = positions.clamp_min(0)
         return field[self.table[requests, positions // page].long(), positions % page]
 
+    def from_blocks(self, first: Tensor, width: int) -> Tensor:
+        """``[R, width]``, the blocks of each request from its ``first [R]`` on; anything beyond the last."""
+        columns = first.unsqueeze(1) + torch.arange(width, device=first.device)
+        return self.table.gather(1, columns.clamp_max(self.table.shape[1] - 1))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -107,6 +113,7 @@ class Step:
     batch: Batch
     log: Pages
     recent: Pages
+    folded: Folded | None = None
 
 
 def serve(memory: FwPKM, hidden: Tensor, step: Step) -> Tensor:
@@ -180,6 +187,13 @@ def read_and_write(
     stores = (source >= start).unsqueeze(1)
     fields = log.fields
     paged = PagedLog(fields["slots"], fields["coefficients"], fields["residuals"])
+    table, committed, older = log.table, start, None
+    if step.folded is not None:  # the log begins where the rows end
+        covered = step.folded.covered(batch.computed)
+        older = step.folded.read(slots, weights, batch.owners, batch.computed[batch.owners])
+        page = paged.slots.shape[1]
+        table = log.from_blocks(covered // page, -(-(step.folded.stretch + batch.longest) // page))
+        committed = start - covered[batch.owners]
     reads = torch.zeros_like(target)
     for i in range(batch.rounds(config.chunk_size)):
         here = (round_of == i) & (batch.requests >= 0)
@@ -189,18 +203,30 @@ def read_and_write(
             slots,
             weights,
             paged,
-            log.table,
+            table,
             requests,
-            start,
+            committed,
             config.chunk_size,
             config.lookahead,
             batch.origins,
         )
+        read = read if older is None else read + older
         reads = torch.where(here.unsqueeze(1), read, reads)
         recent.write("reads", read, here)
         before, its_gate = (recent.read(name, batch.owners, source) for name in ("reads", "gates"))
         log.write("residuals", torch.where(stores, its_gate * (target - before), 0), here)
+    if step.folded is not None:
+        for request, version in step.folded.due:
+            _fold(step.folded, request, version, log, config)
     return reads
+
+
+def _fold(folded: Folded, request: int, version: int, log: Pages, config: MemoryConfig) -> None:
+    """Make a request's rows of a version, from the log."""
+    records = torch.arange((version - 1) * folded.stretch, version * folded.stretch, device=log.table.device)
+    owner = torch.full_like(records, request)
+    slots, coefficients, residuals = (log.read(name, owner, records) for name in ("slots", "coefficients", "residuals"))
+    folded.make(request, version, slots, coefficients, residuals, config)
 
 
 def _coefficients(weights: Tensor, start: Tensor, config: MemoryConfig, batch: Batch) -> Tensor:
