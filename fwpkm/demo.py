@@ -22,6 +22,7 @@ import fwpkm
 from fwpkm.checks import require
 from fwpkm.data.needles import SENTENCE_BYTES, Document, document
 from fwpkm.data.text import Bytes, load_split, standard_library, text_files
+from fwpkm.evaluation.memory import never_written, reconfigured
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.evaluation.recall import Recall, ask
 from fwpkm.files import write_atomically
@@ -194,13 +195,7 @@ def for_sequences(model: FwPKMForCausalLM, chunk: int) -> FwPKMForCausalLM:
 
     The last byte of a chunk stores nothing, its target lies in the next one: longer chunks lose fewer digits.
     """
-    return _reconfigured(model, fwpkm_scope="sequence", fwpkm_chunk_size=chunk)
-
-
-def _reconfigured(model: FwPKMForCausalLM, **changes: Any) -> FwPKMForCausalLM:
-    changed = FwPKMForCausalLM(FwPKMConfig.from_dict(model.config.to_dict() | changes))
-    changed.load_state_dict(model.state_dict())
-    return changed
+    return reconfigured(model, fwpkm_scope="sequence", fwpkm_chunk_size=chunk)
 
 
 def documents(text: Bytes, asked: Questions, seed: int, overwritten: int = 0) -> list[Document]:
@@ -249,10 +244,9 @@ def _perplexities(
     models: dict[str, FwPKMForCausalLM], text: Bytes, settings: DemoSettings, progress: Progress
 ) -> list[dict[str, Any]]:
     piece = text[: settings.perplexity_bytes]
-    never_written = _reconfigured(models["memory"], fwpkm_learning_rate=0.0)
     cases = (
         ("memory", "on", models["memory"]),
-        ("memory", "off", never_written),
+        ("memory", "off", never_written(models["memory"])),
         ("control", "none", models["control"]),
     )
     rows = []

@@ -1,4 +1,4 @@
-"""``fwpkm train``, ``eval`` and ``generate``, as a user calls them."""
+"""``fwpkm train`` and ``generate``, as a user calls them."""
 
 import json
 import os
@@ -8,20 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fwpkm.cli import app, console
 from fwpkm.data import tokens as token_files
 from fwpkm.data.codec import Codec
 from fwpkm.data.text import dataset_documents, file_documents, load_split, standard_library
-from fwpkm.demo import Questions, documents
-from fwpkm.evaluation.perplexity import perplexity
-from fwpkm.evaluation.recall import ask
 from fwpkm.models import FwPKMForCausalLM, presets
 from fwpkm.training import checkpoint
 from tests.children import CONFIG, command, finish, records, start
+from tests.tokenizer import save_tokenizer
 
 TEXT = "def größe(x):\n    return x  # 日本語 🎉\n"
 
@@ -46,17 +42,8 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, text):
     """The folder of a tokenizer of 300 tokens."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([path.read_text() for path in text.iterdir()], trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(folder)
+    save_tokenizer(folder, [path.read_text() for path in text.iterdir()])
     return folder
 
 
@@ -136,12 +123,6 @@ def test_train_with_a_tokenizer(tmp_path, text, config, tokenizer):
     figures = records(out)[-1]
     assert figures["held_out_nats_per_byte"] == pytest.approx(figures["held_out_loss"] / tokens.bytes_per_token)
 
-    run("eval", "perplexity", out, "--tokens", 300)
-    have = json.loads((out / "perplexity.json").read_text())
-    want = perplexity(model, tokens.held_out[:300], bytes_per_token=tokens.bytes_per_token)
-    assert {name: have[name] for name in want} == pytest.approx(want)
-    refused = run("eval", "needles", out, code=2)
-    assert "expected a byte-level model: it has a tokenizer" in refused.stderr
     refused = run(
         "train", tmp_path / "b", "--text", text, "--tokenizer", tokenizer, "--config", bytes_only(tmp_path), code=2
     )
@@ -218,41 +199,6 @@ def interrupted(output: str, *arguments: str) -> None:
     with open(output, "w") as file:
         console.console.file = file
         command(*arguments)
-
-
-def test_eval_perplexity(trained, text, tmp_path):
-    out, _ = trained
-    model = FwPKMForCausalLM.from_pretrained(checkpoint.find(out))
-    tokens = token_files.load(out / "data")
-    result = run("eval", "perplexity", out, "--rows", 2)
-    have = json.loads((out / "perplexity.json").read_text())
-    want = perplexity(model, tokens.held_out, rows=2)
-    assert {name: have[name] for name in want} == pytest.approx(want)
-    assert have["perplexity"] == pytest.approx(np.exp(have["nats_per_byte"]))
-    assert have["text"] == f"held out from {out}"
-    assert f"{want['perplexity']:.3f}" in result.stdout
-    run("eval", "perplexity", checkpoint.find(out), "--rows", 2, "--out", tmp_path / "p.json")
-    assert json.loads((tmp_path / "p.json").read_text())["loss"] == have["loss"]
-
-    files = [text / "0.py", text / "1.py"]
-    run("eval", "perplexity", out, "--text", files[0], "--text", files[1], "--tokens", 5000)
-    have = json.loads((out / "perplexity.json").read_text())
-    joined = np.frombuffer(b"".join(path.read_bytes() + b"\n" for path in files), np.uint8)
-    want = perplexity(model, joined[:5000])
-    assert {name: have[name] for name in want} == pytest.approx(want)
-
-
-def test_eval_needles(trained):
-    out, _ = trained
-    result = run("eval", "needles", out, "--length", 512, "--length", 1024, "--texts", 3, "--facts", 2, "--seed", 4)
-    rows = json.loads((out / "needles.json").read_text())["recall"]
-    assert [(row["length"], row["questions"]) for row in rows] == [(512, 6), (1024, 6)]
-    model = FwPKMForCausalLM.from_pretrained(checkpoint.find(out))
-    _, filler = load_split(standard_library())
-    want = ask(model, documents(filler, Questions(512, 3, 2), 4)).summary()
-    for name in ("exact", "digits", "depths", "load"):
-        assert rows[0][name] == want[name]
-    assert "1K" in result.stdout
 
 
 def greedy(model, tokens, count):
@@ -390,22 +336,9 @@ def test_a_configuration_that_describes_no_model(tmp_path, text, content, messag
         (["generate", "MODEL", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
         (["generate", "MODEL", "--prompt", "a", "--top-p", "0"], "top_p is 0.0; expected a share in (0, 1]"),
         (["generate", "nowhere", "--prompt", "a"], "checkpoint is nowhere; expected a folder with config.json"),
-        (["eval", "perplexity", "nowhere"], "checkpoint is nowhere; expected a folder with config.json"),
-        (["eval", "perplexity", "MODEL", "--tokens", "1"], "tokens is 1; expected at least 2"),
-        (["eval", "perplexity", "MODEL", "--rows", "0"], "rows is 0; expected a positive integer"),
-        (
-            ["eval", "perplexity", "MODEL", "--tokens", "9", "--rows", "8"],
-            "text is 9 tokens long; expected at least 16",
-        ),
-        (["eval", "perplexity", "MODEL", "--text", "nowhere"], "nowhere does not exist; expected a text file or"),
-        (["eval", "needles", "nowhere"], "checkpoint is nowhere; expected a folder with config.json"),
-        (["eval", "needles", "MODEL", "--texts", "0"], "texts is 0; expected a positive integer"),
-        (["eval", "needles", "MODEL", "--facts", "0"], "facts is 0; expected a positive integer"),
-        (["eval", "needles", "MODEL", "--length", "100"], "length is 100; expected at least 574 bytes for 7 needles"),
-        (["eval", "needles", "MODEL", "--seed", "-1"], "seed is -1; expected a number >= 0"),
     ],
 )
-def test_eval_and_generate_say_what_is_wrong_in_one_line(trained, arguments, message):
+def test_generate_says_what_is_wrong_in_one_line(trained, arguments, message):
     result = run(*[trained[0] if argument == "MODEL" else argument for argument in arguments], code=2)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import evaluation
 from fwpkm import variants
 from fwpkm.report import markdown_table
 
@@ -20,6 +21,13 @@ def test_readme_table_is_the_committed_demo():
 def test_variants_table_is_the_committed_comparison():
     rows = json.loads((RESULTS / "variants.json").read_text())["rows"]
     assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
+
+
+def test_evaluation_tables_are_the_committed_figures():
+    page, results = (ROOT / "docs" / "evaluation.md").read_text(), json.loads((RESULTS / "evaluation.json").read_text())
+    assert results.keys() == evaluation.RUNS.keys()
+    for name, (section, make) in evaluation.TABLES.items():
+        assert f"<!-- evaluation.json: {name} -->\n\n{make(results[section])}\n<!-- end of {name} -->" in page
 
 
 @pytest.mark.parametrize(

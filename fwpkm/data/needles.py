@@ -16,7 +16,7 @@ DIGITS = 6
 _SENTENCE = "The secret number for ID-{name} is {number}.\n"
 _ALPHABET = list(string.ascii_lowercase + string.digits)
 SENTENCE_BYTES = len(_SENTENCE.format(name="a1b2", number="123456"))
-_ANSWER = slice(SENTENCE_BYTES - 2 - DIGITS, SENTENCE_BYTES - 2)  # where a sentence has its digits
+ANSWER = slice(SENTENCE_BYTES - 2 - DIGITS, SENTENCE_BYTES - 2)  # where a sentence has its digits
 
 
 class Document(NamedTuple):
@@ -76,7 +76,7 @@ def document(text: Bytes, rng: Generator, length: int, needles: int, overwritten
     asked = rng.permutation(needles)
     parts += [facts[i] for i in asked]
     first = length - needles * SENTENCE_BYTES + np.arange(needles) * SENTENCE_BYTES
-    answers = first[:, None] + np.arange(_ANSWER.start, _ANSWER.stop)
+    answers = first[:, None] + np.arange(ANSWER.start, ANSWER.stop)
     asked_names, asked_stale = [names[order[i]] for i in asked], [stale[i] for i in asked]
     return Document(np.concatenate(parts), answers, starts[asked], asked_names, asked_stale)
 

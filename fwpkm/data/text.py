@@ -21,6 +21,32 @@ def standard_library() -> list[Path]:
     return sorted(path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
 
 
+def help_topics() -> list[Document]:
+    """The topics of Python's ``help()``, prose in English, in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return [topics[name].encode for name in sorted(topics)]
+
+
+BUILT_IN: dict[str, Callable[[], list[Document]]] = {
+    "code": lambda: split_documents(file_documents(standard_library()))[1],
+    "help": help_topics,
+}
+_DATASET = "dataset:"
+
+
+def named_documents(name: str, column: str = "text") -> list[Document]:
+    """The documents of a name: ``"code"``, the files of Python's standard library that are held out from training;
+    ``"help"``, the topics of its ``help()``; ``"dataset:NAME"``, a Hugging Face data set, of whose rows ``column`` has
+    the text; anything else, a file or a folder of text files.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name.startswith(_DATASET):
+        return dataset_documents(name.removeprefix(_DATASET), column)
+    return file_documents(text_files(Path(name)))
+
+
 def text_files(path: Path) -> list[Path]:
     """A file itself, or all files below a folder."""
     if not path.exists():

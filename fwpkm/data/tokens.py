@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
@@ -67,8 +67,16 @@ def load(folder: Path) -> Tokens:
     )
 
 
-def encode(documents: Sequence[Document], codec: Codec) -> tuple[TokenArray, float]:
-    """Documents one after the other as tokens ``[T]``, and how many bytes a token has.
+class Encoded(NamedTuple):
+    """Documents one after the other."""
+
+    tokens: TokenArray  # [T]
+    bytes_per_token: float
+    starts: list[int]  # where the documents begin
+
+
+def encode(documents: Sequence[Document], codec: Codec) -> Encoded:
+    """Documents one after the other as tokens.
 
     Raises:
         ValueError: if they are empty.
@@ -76,8 +84,10 @@ def encode(documents: Sequence[Document], codec: Codec) -> tuple[TokenArray, flo
     texts = [read() for read in documents]
     size = sum(len(text) + 1 for text in texts)  # what separates texts counts as a byte
     require(size > len(texts), "text", "empty", "text in the {} documents given", len(texts))
-    tokens = np.concatenate([codec.document(text) for text in texts])
-    return tokens, size / tokens.size
+    encoded = [codec.document(text) for text in texts]
+    starts = np.cumsum([0] + [tokens.size for tokens in encoded[:-1]]).tolist()
+    tokens = np.concatenate(encoded)
+    return Encoded(tokens, size / tokens.size, starts)
 
 
 def batch(tokens: TokenArray, seed: int, step: int, rows: int, length: int) -> NDArray[np.int64]:

@@ -1,9 +1,10 @@
-"""Perplexity of plain text, streamed."""
+"""Perplexity of plain text, streamed, in all and by position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from fwpkm.checks import require
 from fwpkm.data.codec import TokenArray
-from fwpkm.models import FwPKMCache, FwPKMForCausalLM
+from fwpkm.evaluation.stream import OnTokens, ignored, stream
+from fwpkm.models import FwPKMForCausalLM
+
+FIRST_BIN = 64
 
 
 def perplexity(
@@ -21,17 +25,20 @@ def perplexity(
     rows: int = 8,
     call: int = 4096,
     bytes_per_token: float = 1.0,
-    on_tokens: Callable[[int], None] = lambda count: None,
+    on_tokens: OnTokens = ignored,
+    resets: Collection[int] = (),
 ) -> dict[str, Any]:
     """Cross entropy of ``tokens [T]``, read as ``rows`` equally long pieces side by side.
 
-    ``on_tokens`` is told after each call how many tokens were read.
+    ``on_tokens`` is told after each call how many tokens were read; ``resets`` are the positions in the pieces at which
+    the memories return to the base values.
 
     Returns:
         ``tokens`` and ``bytes`` read, ``loss`` in nats a token, ``nats_per_byte``, and ``perplexity`` a token.
     """
     pieces = side_by_side(tokens, rows)
-    return summary(cross_entropy_sum(model, pieces, call, on_tokens), pieces, bytes_per_token)
+    total = token_losses(model, pieces, call, on_tokens, resets).double().sum().item()
+    return summary(total, pieces, bytes_per_token)
 
 
 def side_by_side(tokens: TokenArray, rows: int) -> Tensor:
@@ -41,21 +48,47 @@ def side_by_side(tokens: TokenArray, rows: int) -> Tensor:
     return torch.from_numpy(tokens[: rows * length].astype("int64")).view(rows, length)
 
 
-@torch.no_grad()
-def cross_entropy_sum(
-    model: FwPKMForCausalLM, pieces: Tensor, call: int, on_tokens: Callable[[int], None] = lambda count: None
-) -> float:
+def cross_entropy_sum(model: FwPKMForCausalLM, pieces: Tensor, call: int, on_tokens: OnTokens = ignored) -> float:
     """Sum over ``pieces [rows, T]`` of the cross entropy of each token but the first, in nats, ``call`` at a time."""
-    model.eval()
-    cache, total = FwPKMCache(model.config), 0.0
-    for first in range(0, pieces.shape[1] - 1, call):
-        piece = pieces[:, first : first + call + 1].to(model.device)
-        logits = model(piece[:, :call], past_key_values=cache).logits
-        targets = piece[:, 1:]
-        predicted = logits[:, : targets.shape[1]].flatten(0, 1)
-        total += cross_entropy(predicted.float(), targets.flatten(), reduction="sum").item()
-        on_tokens(piece.numel())
-    return total
+    return token_losses(model, pieces, call, on_tokens).double().sum().item()
+
+
+def token_losses(
+    model: FwPKMForCausalLM,
+    pieces: Tensor,
+    call: int = 4096,
+    on_tokens: OnTokens = ignored,
+    resets: Collection[int] = (),
+) -> Tensor:
+    """``[rows, T]`` -> ``[rows, T - 1]``: the cross entropy of each token but the first, in nats, on the CPU.
+
+    Arguments as in :func:`fwpkm.evaluation.stream.stream`. The last token is only predicted, not read.
+    """
+    losses = [torch.empty(pieces.shape[0], 0)]
+    for read, result in stream(model, pieces[:, :-1], call, on_tokens, resets):
+        targets = pieces[:, read.start + 1 : read.stop + 1].to(model.device, torch.int64)
+        loss = cross_entropy(result.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        losses.append(loss.view_as(targets).cpu())
+    return torch.cat(losses, 1)
+
+
+def by_position(losses: Tensor) -> list[dict[str, Any]]:
+    """:func:`token_losses` by how many tokens were read before: less than 64, and on to powers of two.
+
+    Returns:
+        for each bin ``from`` and ``to`` (positions of the predicted tokens, ``to`` exclusive), ``tokens``, their mean
+        ``loss`` in nats, and ``perplexity``.
+    """
+    length = losses.shape[1] + 1
+    edges = [1]
+    while edges[-1] < length:
+        edges.append(min(length, max(FIRST_BIN, 2 * edges[-1])))
+    bins = []
+    for first, last in pairwise(edges):
+        part = losses[:, first - 1 : last - 1].double()  # the first token of a piece is not predicted
+        loss = part.mean().item()
+        bins.append({"from": first, "to": last, "tokens": part.numel(), "loss": loss, "perplexity": math.exp(loss)})
+    return bins
 
 
 def summary(total: float, pieces: Tensor, bytes_per_token: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fwpkm.data.needles import DIGITS, Document
-from fwpkm.models import FwPKMCache, FwPKMForCausalLM
+from fwpkm.evaluation.stream import OnTokens, ignored, stream
+from fwpkm.models import FwPKMForCausalLM
 
 DEPTH_BINS = 8
 SIDE_BY_SIDE = 1 << 18
@@ -47,8 +48,7 @@ class Recall:
         """Shares, by depth too, the load of the slots, speed and memory, as JSON takes them."""
         exact = self.right.all(-1).flatten()
         length = self.documents[0].tokens.size
-        depth = np.concatenate([d.needles for d in self.documents]) / length
-        bins = np.minimum((depth * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
+        depths = np.concatenate([d.needles for d in self.documents]) / length
         return {
             "length": length,
             "needles": self.answers.shape[1],
@@ -56,15 +56,7 @@ class Recall:
             "exact": float(exact.mean()),
             "exact_lower95": lower_bound(int(exact.sum()), exact.size),
             "digits": float(self.right.mean()),
-            "depths": [
-                {
-                    "from": b / DEPTH_BINS,
-                    "to": (b + 1) / DEPTH_BINS,
-                    "questions": int((bins == b).sum()),
-                    "exact": float(exact[bins == b].mean()) if (bins == b).any() else None,
-                }
-                for b in range(DEPTH_BINS)
-            ],
+            "depths": by_depth(exact, depths),
             "seconds": self.seconds,
             "bytes_per_second": length * len(self.documents) / self.seconds,
             "peak_memory_mb": peak_memory_mb(),
@@ -88,19 +80,17 @@ class Recall:
         }
 
 
-@torch.no_grad()
 def ask(
     model: FwPKMForCausalLM,
     documents: Sequence[Document],
     call: int = 1 << 15,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_bytes: OnTokens = ignored,
 ) -> Recall:
     """Stream documents of one length through ``model``, ``call`` bytes a call, and collect its answers.
 
     As many documents are read side by side as have :data:`SIDE_BY_SIDE` bytes together. ``on_bytes`` is told after each
     call how many bytes were read.
     """
-    model.eval()
     group = max(1, SIDE_BY_SIDE // documents[0].tokens.size)
     start = time.perf_counter()
     streams = [_stream(model, documents[i : i + group], call, on_bytes) for i in range(0, len(documents), group)]
@@ -117,7 +107,7 @@ def ask(
 
 
 def _stream(
-    model: FwPKMForCausalLM, documents: Sequence[Document], call: int, on_bytes: Callable[[int], None]
+    model: FwPKMForCausalLM, documents: Sequence[Document], call: int, on_bytes: OnTokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The answers ``[B, Q, 6]``, gates ``[B, T]`` (``[B, 0]`` without a memory) and share of slots touched ``[B]``."""
     tokens = torch.from_numpy(np.stack([d.tokens for d in documents]))
@@ -125,18 +115,27 @@ def _stream(
     before_answers = torch.from_numpy(np.stack([d.answers for d in documents]) - 1).flatten(1)
     given, gates = torch.zeros_like(tokens), [torch.empty(batch, 0)]
     touched = torch.zeros(batch, model.config.fwpkm_n_subkeys**2, dtype=torch.bool)
-    cache = FwPKMCache(model.config)
-    width = max(1, call // batch)
-    for first in range(0, tokens.shape[1], width):
-        piece = tokens[:, first : first + width].long()
-        result = model(piece.to(model.device), past_key_values=cache)
-        given[:, first : first + width] = result.logits.argmax(-1)
-        if result.gates:
+    for read, result in stream(model, tokens, max(1, call // batch), on_bytes):
+        given[:, read] = result.logits.argmax(-1)
+        if result.gates and result.slots:
             gates.append(result.gates[0].cpu())
             touched.scatter_(1, result.slots[0].flatten(1).cpu(), True)
-        on_bytes(piece.numel())
     answers = given.gather(1, before_answers).view(batch, -1, DIGITS)
     return answers, torch.cat(gates, 1), touched.float().mean(1)
+
+
+def by_depth(exact: NDArray[np.bool_], depths: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Exact match ``[Q]`` in each of :data:`DEPTH_BINS` parts of a text, by where the answers stood: ``depths [Q]``."""
+    bins = np.minimum((depths * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
+    return [
+        {
+            "from": b / DEPTH_BINS,
+            "to": (b + 1) / DEPTH_BINS,
+            "questions": int((bins == b).sum()),
+            "exact": float(exact[bins == b].mean()) if (bins == b).any() else None,
+        }
+        for b in range(DEPTH_BINS)
+    ]
 
 
 def lower_bound(right: int, asked: int) -> float:
