@@ -109,8 +109,7 @@ def run(out: Path, settings: DemoSettings, text: Path | None, command: str, prog
     Raises:
         ValueError: if ``out`` holds the results of other settings.
     """
-    flat = _flat(settings) | {"text": str(text) if text else "Python standard library"}
-    stages = _Stages(out / "results.json", flat)
+    stages = _Stages(out / "results.json", described(settings, text))
     results = stages.results
     results |= {
         "version": fwpkm.__version__,
@@ -291,11 +290,13 @@ def _text(tokens: Bytes) -> str:
     return bytes(tokens).decode("latin-1")
 
 
-def _flat(settings: DemoSettings) -> dict[str, Any]:
+def described(settings: DemoSettings, text: Path | None) -> dict[str, Any]:
+    """Settings and text as JSON takes them, by which an interrupted run knows its own results again."""
     flat = dataclasses.asdict(settings)
     training = flat.pop("training")
     flat["questions"] = [f"{q['documents']} x {q['needles']} in {q['length']} bytes" for q in flat["questions"]]
     flat["overwritten"] = "{documents} x {needles} in {length} bytes".format(**flat["overwritten"])
+    flat["text"] = str(text) if text else "Python standard library"
     return {f"training_{name}": value for name, value in training.items()} | flat
 
 

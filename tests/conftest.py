@@ -50,3 +50,16 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(request.node.get_closest_marker("unpoisoned") is None)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder of five files of source code."""
+    from fwpkm.data.text import standard_library  # not before TRITON_INTERPRET is set
+
+    folder = tmp_path / "text"
+    folder.mkdir()
+    large = [path for path in standard_library() if path.stat().st_size > 8000]
+    for i, path in enumerate(large[:100:20]):
+        (folder / f"{i}.py").write_bytes(path.read_bytes()[:8000])
+    return folder

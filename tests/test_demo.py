@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from fwpkm import cli, demo, variants
+from fwpkm import cli, demo
 from fwpkm.data.needles import SENTENCE_BYTES
-from fwpkm.data.text import load_split, standard_library
+from fwpkm.data.text import load_split
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.evaluation.recall import ask, lower_bound
 from fwpkm.models import FwPKMForCausalLM
@@ -28,17 +28,6 @@ TINY = demo.DemoSettings(
     width=32,
     n_subkeys=8,
 )
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A folder of five files."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    large = [path for path in standard_library() if path.stat().st_size > 8000]
-    for i, path in enumerate(large[:100:20]):
-        (folder / f"{i}.py").write_bytes(path.read_bytes()[:8000])
-    return folder
 
 
 def run(out, text, settings=TINY):
@@ -188,19 +177,6 @@ def test_lower_bound():
     assert lower_bound(0, 10) == 0
     assert lower_bound(95, 100) == pytest.approx(0.8882, abs=1e-4)  # Wilson, from a table
     assert lower_bound(1000, 1000) == pytest.approx(0.9962, abs=1e-4)
-
-
-def test_variants(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(variants, "QUESTIONS", (demo.Questions(512, 2, 2),))
-    wanted = variants.variants(TINY)
-    assert len(wanted) == len(set(wanted)) == 12
-    for variant in wanted[:2]:
-        variants._run_one(tmp_path, variant, text)
-    rows = [json.loads(p.read_text()) for p in sorted((tmp_path / "rows").iterdir())]
-    assert [row["write_scale"] for row in rows] == ["paper", "reference"]
-    table = variants.markdown(rows)
-    assert table.count("\n") == 3
-    assert "| fast | paper | 16 |" in table
 
 
 def test_command(tmp_path, text, monkeypatch):

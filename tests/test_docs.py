@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evaluation
-from fwpkm import variants
-from fwpkm.report import markdown_table
+from fwpkm.report import baselines_table, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -18,9 +17,9 @@ def test_readme_table_is_the_committed_demo():
     assert markdown_table(results).strip() in (ROOT / "README.md").read_text()
 
 
-def test_variants_table_is_the_committed_comparison():
-    rows = json.loads((RESULTS / "variants.json").read_text())["rows"]
-    assert variants.markdown(rows) in (ROOT / "docs" / "demo.md").read_text()
+def test_baselines_table_is_the_committed_comparison():
+    rows = json.loads((RESULTS / "baselines.json").read_text())["rows"]
+    assert baselines_table(rows) in (ROOT / "docs" / "evaluation.md").read_text()
 
 
 def test_evaluation_tables_are_the_committed_figures():

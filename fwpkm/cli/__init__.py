@@ -15,7 +15,7 @@ def main() -> None:
 
 
 app.command()(demo.demo)
-app.command()(demo.variants)
+app.command()(demo.baselines)
 app.command()(train.train)
 app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)

@@ -1,4 +1,4 @@
-"""``fwpkm demo`` and ``fwpkm variants``."""
+"""``fwpkm demo`` and ``fwpkm baselines``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from fwpkm import demo as demos
-from fwpkm import variants as comparisons
+from fwpkm.baselines import comparison
 from fwpkm.cli.console import command_line, console, errors_in_one_line, progress_bars
+from fwpkm.report import baselines_table
 from fwpkm.report.results import Results
 from fwpkm.report.table import COLUMNS, recall_rows
 
@@ -31,17 +32,19 @@ def demo(out: Out = Path("out/demo"), text: Text = None, steps: Steps = DEFAULT.
     console.print(f"Checkpoint: {out / 'checkpoint'}\nReport:     {out / 'index.html'}")
 
 
-def variants(
-    out: Out = Path("out/variants"),
+def baselines(
+    out: Out = Path("out/baselines"),
     text: Text = None,
-    steps: Steps = comparisons.TRAINING.steps,
-    workers: Annotated[int, typer.Option(min=1, help="Variants trained side by side, a thread each.")] = 2,
+    steps: Steps = comparison.SETTINGS.training.steps,
+    workers: Annotated[int, typer.Option(min=1, help="Models trained side by side, a thread each.")] = 2,
 ) -> None:
-    """Train the demo's model with every key update, write scale and width of the query convolution, and compare."""
-    settings = dataclasses.replace(DEFAULT, training=dataclasses.replace(comparisons.TRAINING, steps=steps))
+    """Train the demo's model with other memories, without one and with other options, and compare."""
+    training = dataclasses.replace(comparison.SETTINGS.training, steps=steps)
+    settings = dataclasses.replace(comparison.SETTINGS, training=training)
     with errors_in_one_line(), progress_bars() as progress:
-        rows = comparisons.run(out, settings, text, command_line(), workers, progress)
-    console.print(Markdown(comparisons.markdown(rows)))
+        results = comparison.run(out, settings, text, command_line(), workers, progress)
+    console.print(Markdown(baselines_table(results["rows"])))
+    console.print(f"Results: {out / 'baselines.json'}\nPicture: {out / 'baselines.png'}")
 
 
 def _recall_table(results: Results) -> Table:
