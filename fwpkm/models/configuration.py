@@ -30,21 +30,19 @@ POSITIVE = (
 class FwPKMConfig(PreTrainedConfig):
     """Configuration of :class:`fwpkm.models.FwPKMForCausalLM`: Qwen3's fields, then those of the memory layers.
 
+    Fields that are not listed are those of ``transformers.Qwen3Config``, and ``linear_...``, of linear attention, those
+    of ``transformers.Qwen3NextConfig``.
+
     Args:
         vocab_size: tokens; 256 suits bytes.
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-        hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, tie_word_embeddings, rope_parameters,
-        attention_bias, attention_dropout, use_cache: as in ``transformers.Qwen3Config``.
         layer_types: ``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` (a gated delta net) or
             ``"fla:<layer>"``, a layer of flash-linear-attention, for each block; all full by default.
         sliding_window: tokens that a sliding-window block sees, the current one included.
-        linear_num_key_heads, linear_num_value_heads (a multiple of it), linear_key_head_dim, linear_value_head_dim,
-        linear_conv_kernel_dim: of linear attention, as in ``transformers.Qwen3NextConfig``.
         fla_options: further arguments of flash-linear-attention's layers, by the layer's name.
         fwpkm_layers: blocks with a memory before their attention.
-        fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim, fwpkm_heads, fwpkm_query_conv: as in
-        :class:`fwpkm.layers.FwPKM`. fwpkm_topk ... fwpkm_log_dtype: as in :class:`fwpkm.MemoryConfig`.
-        fwpkm_learn_initial_values: as in :class:`fwpkm.layers.FwPKM`.
+        fwpkm_n_subkeys, fwpkm_key_dim, fwpkm_value_dim: as in :class:`fwpkm.layers.FwPKM`.
+        fwpkm_heads, fwpkm_query_conv, fwpkm_learn_initial_values: as in :class:`fwpkm.layers.FwPKM`.
+        fwpkm_topk ... fwpkm_log_dtype: as in :class:`fwpkm.MemoryConfig`.
         fwpkm_gate_weight: weight of the mean gate in the loss, what an open gate costs; 0 for none, as in the paper.
         pkm_layers: blocks with a product-key memory in the place of their MLP.
         pkm_n_subkeys, pkm_key_dim, pkm_value_dim, pkm_heads, pkm_topk: as in :class:`fwpkm.layers.ProductKeyMemory`.

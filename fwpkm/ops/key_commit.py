@@ -48,7 +48,7 @@ def key_commit(
         score: as in :func:`product_key_address`. Its ``eps`` is not needed: ``1 / (eps + d)`` is ``exp(sub_score)``.
 
     Returns:
-        New sub-keys ``[M, H, 2, n, Dk/2]``. Differentiable, second order included: gradients flow to ``query``,
+        New sub-keys ``[M, H, 2, n, Dk/2]``. Differentiable, second order included; gradients flow to ``query``,
         ``keys`` and ``sub_scores`` (and through those on to the queries and keys they came from).
 
     Raises:

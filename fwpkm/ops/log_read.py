@@ -64,7 +64,7 @@ def log_read(
             the one before); None or 0: from the first.
 
     Returns:
-        ``[T, Dv]``. For inference: it has no gradient, and no batching rule either, since it takes any requests.
+        ``[T, Dv]``. It is for inference, has no gradient, and no batching rule either, since it takes any requests.
 
     Raises:
         ValueError: for a wrong shape, dtype or layout; a slot, request, length or block out of range; NaN in

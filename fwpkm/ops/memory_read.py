@@ -30,7 +30,7 @@ def memory_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         weights: ``[..., K]``, dtype of ``values``, bfloat16 or float16. Half precision is converted when it is loaded.
 
     Returns:
-        ``[..., Dv]`` in the dtype of ``weights``: the sum is taken in that of ``values`` and rounded once. Gradients
+        ``[..., Dv]`` in the dtype of ``weights``; the sum is taken in that of ``values`` and rounded once. Gradients
         flow to ``weights``, in their dtype, and, as a dense ``[N, Dv]`` tensor in theirs, to ``values`` when they
         require one. Its backward needs ``values`` as they were read: writing them in between is an error that autograd
         reports (:func:`memory_scan` keeps the rows it read instead).

@@ -1,6 +1,9 @@
 """``fwpkm doctor``, as a user calls it, and what it knows of the machine."""
 
 import json
+import platform
+import re
+import runpy
 import sys
 from importlib.metadata import version
 
@@ -61,6 +64,39 @@ def test_environment(monkeypatch):
     for name, value in (("torch ", version("torch")), ("no-such-package", "not installed"), ("FWPKM_CHECK", "1")):
         assert any(name in line and value in line for line in lines)
     assert any("on cpu run" in line and "reference" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("said", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version:",
+            "570.86.15",
+        ),
+        (None, None),
+    ],
+)
+def test_driver_and_cpu(said, driver, tmp_path, monkeypatch):
+    module = sys.modules["fwpkm.compile.environment"]
+    for name in ("CPU_FILE", "DRIVER_FILE"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    if said:
+        (tmp_path / "DRIVER_FILE").write_text(said)
+        (tmp_path / "CPU_FILE").write_text(
+            "processor\t: 0\nmodel name\t: A Fine CPU\nprocessor\t: 1\nmodel name\t: B\n"
+        )
+    found = environment()
+    assert found.driver == driver
+    assert found.lines()["GPU driver"] == (driver or "none")
+    assert found.cpu.startswith("A Fine CPU, " if said else platform.processor() or platform.machine())
+
+
+def test_collect_env(capsys):
+    runpy.run_module("fwpkm.collect_env", run_name="__main__")
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("```text", "```")
+    assert [re.split(" {2,}", line, maxsplit=1) for line in lines] == [[*x] for x in environment().lines().items()]
 
 
 def test_an_implementation_that_cannot_run_is_said(monkeypatch):
