@@ -6,7 +6,7 @@ comma := ,
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check docs package format clean
+.PHONY: help demo test check docs package format tables clean
 
 help:
 	@echo "make demo     train a small model and watch its memory at work"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs     build the documentation, out/site/index.html"
 	@echo "make package  build wheel and sdist, into dist"
 	@echo "make format   format, and fix what the linter can"
+	@echo "make tables   write the documentation's tables from benchmarks/results"
 	@echo "make clean    remove caches and built packages"
 
 demo: $(READY)
@@ -37,6 +38,9 @@ package: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+tables: $(READY)
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf build dist out/site .hypothesis .mypy_cache .pytest_cache .ruff_cache

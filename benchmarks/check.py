@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks import plain, released, subjects
+from benchmarks import plain, reads, subjects
 from benchmarks.cases import Case, Inputs, draw
-from benchmarks.subjects import Memory
+from benchmarks.reads import Rows
+from benchmarks.subjects import Make
 from fwpkm import reference
 from fwpkm.layers import FwPKM
 
@@ -40,13 +42,19 @@ def check_plain() -> None:
     compare("plain in float64", _GRADIENTS, found[1], found[0], EXACT)
 
 
-def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -> Errors:
+def check_memories(
+    case: Case, inputs: Inputs, memories: Mapping[str, Make], forward_only: Collection[str] = ()
+) -> Errors:
     """Compare outputs with the reference, and gradients with those of the plain composition in float64.
+
+    The released code's gradient of the queries is another one, in float64 too (docs/benchmarks.md): the differences of
+    its gradients are returned only.
 
     Args:
         case: a size.
         inputs: without near ties.
         memories: implementations by name.
+        forward_only: those whose gradients are not looked at.
 
     Returns:
         The largest differences of each, as shares of the largest magnitude.
@@ -63,33 +71,31 @@ def check_memories(case: Case, inputs: Inputs, memories: Mapping[str, Memory]) -
     gradients = subjects.gradients(output, exact.leaves(), exact.target.detach())
     del output, exact
     errors = {}
-    for name, memory in memories.items():
+    for name, make in memories.items():
         differentiable = inputs.requiring_gradients()
-        output = memory(differentiable, case)
-        found = subjects.gradients(output, differentiable.leaves(), inputs.target)
-        errors[name] = compare(name, ("output", *_GRADIENTS), (output, *found), (expected, *gradients), TOLERANCE)
+        with torch.set_grad_enabled(name not in forward_only):
+            output = make(inputs, case)(differentiable, case)
+        errors[name] = compare(name, ("output",), [output], [expected], TOLERANCE)
+        if name not in forward_only:
+            found = subjects.gradients(output, differentiable.leaves(), inputs.target)
+            tolerance = math.inf if name == "released" else TOLERANCE
+            errors[name] |= compare(name, _GRADIENTS, found, gradients, tolerance)
     return errors
 
 
-def check_released(case: Case, inputs: Inputs) -> dict[str, float]:
-    """The released code's outputs are the reference's; its gradients are compared, and the differences returned only.
-
-    Its gradient of the queries is another one, in float64 too (docs/benchmarks.md).
+def check_reads(rows: Rows) -> Errors:
+    """Compare reads, and gradients of values and weights, with indexing in float64.
 
     Raises:
-        WrongResultError: if outputs differ.
+        WrongResultError: if a difference is too large.
     """
-    with torch.no_grad():
-        expected = reference_memory(inputs.to(torch.float64), case)
-    exact = inputs.to(torch.float64).requiring_gradients()
-    output = plain.fast_weight_memory(exact, case)
-    gradients = subjects.gradients(output, exact.leaves(), exact.target.detach())
-    del output, exact
-    differentiable = inputs.requiring_gradients()
-    output = released.fast_weight_memory(differentiable, case)
-    errors = compare("released", ("output",), [output], [expected], TOLERANCE)
-    found = subjects.gradients(output, differentiable.leaves(), inputs.target)
-    return errors | compare("released", _GRADIENTS, found, gradients, float("inf"))
+    exact = rows._replace(values=rows.values.double(), weights=rows.weights.double())
+    expected = reads.gradients(reads.indexing, exact)
+    what = "output", "gradient of values", "gradient of weights"
+    return {
+        name: compare(name, what, reads.gradients(read, rows), expected, TOLERANCE)
+        for name, read in reads.READS.items()
+    }
 
 
 def check_layer(case: Case, module: FwPKM, hidden: Tensor) -> dict[str, float]:

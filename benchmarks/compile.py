@@ -20,17 +20,15 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import compile_tables, cpu, overhead, tables, timing
 from benchmarks import language_model as lm
+from benchmarks import overhead, running, tables, timing
 from benchmarks.check import TOLERANCE, compare
 from benchmarks.language_model import Size
 from fwpkm.cli.console import console
 from fwpkm.compile import compile_model
-from fwpkm.files import write_atomically
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
-PAGE = Path(__file__).parents[1] / "docs" / "compile.md"
 SECTIONS = ("step", "paper", "start", "calls", "decode", "overhead")
 
 GOAL = Size()
@@ -82,12 +80,12 @@ def main(
     ] = RESULTS,
 ) -> None:
     """Compare with eager, measure, and write a JSON file and, for the committed one, the tables of docs/compile.md."""
-    cpu.prepare(only, SECTIONS, quick and out == RESULTS, threads)
+    running.prepare(only, SECTIONS, quick and out == RESULTS, threads)
     run(QUICK if quick else Settings(), tuple(only) or SECTIONS, out)
     results = json.loads(out.read_text())
-    console.print(tables.everything(results, compile_tables.TABLES), markup=False, highlight=False, soft_wrap=True)
+    console.print(tables.everything("compile", results), markup=False, highlight=False, soft_wrap=True)
     if out == RESULTS:
-        write_atomically(PAGE, compile_tables.filled(PAGE.read_text(), results))
+        tables.update()
 
 
 def run(settings: Settings, sections: Sequence[str], out: Path) -> None:
@@ -104,7 +102,7 @@ def run(settings: Settings, sections: Sequence[str], out: Path) -> None:
         "decode": lambda: decode(settings),
         "overhead": lambda: overhead.measure(settings.overhead_repeats, settings.overhead_calls),
     }
-    cpu.measure_into(out, {name: measures[name] for name in SECTIONS if name in sections}, "benchmarks.compile")
+    running.measure_into(out, {name: measures[name] for name in SECTIONS if name in sections}, "benchmarks.compile")
 
 
 def _compiled(model: FwPKMForCausalLM) -> Any:

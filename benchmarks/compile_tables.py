@@ -1,17 +1,12 @@
-"""The tables of docs/compile.md, made from ``results/compile.json``."""
+"""The tables of ``results/compile.json``."""
 
 from __future__ import annotations
 
-from benchmarks import tables
-from benchmarks.tables import Results, Tables, measured_on, table, time_of
+from benchmarks.markdown import Make, measured_on, of, table, time_of
+from benchmarks.running import Results
 from fwpkm.report.labels import MISSING, decimal, length_label, percent
 
 NAMES = {None: "without memory layers", "slow": "with, keys `slow`", "fast": "with, keys `fast`"}
-
-
-def filled(text: str, results: Results) -> str:
-    """The page with every table that has marks in it."""
-    return tables.filled(text, results, "compile.json", TABLES)
 
 
 def step(section: Results) -> str:
@@ -79,11 +74,11 @@ def overhead(section: Results) -> str:
     return table(head, lines, "lrrrrr") + f"\n{measured_on(section)}.\n"
 
 
-TABLES: Tables = {
-    "step": ("step", step),
-    "paper": ("paper", step),
-    "start": ("start", start),
-    "calls": ("calls", calls),
-    "decode": ("decode", decode),
-    "overhead": ("overhead", overhead),
+TABLES: dict[str, Make] = {
+    "step": of("step", step),
+    "paper": of("paper", step),
+    "start": of("start", start),
+    "calls": of("calls", calls),
+    "decode": of("decode", decode),
+    "overhead": of("overhead", overhead),
 }

@@ -15,7 +15,6 @@ import fwpkm
 from benchmarks import timing
 from benchmarks.cases import Case, draw, without_near_ties
 from benchmarks.check import TOLERANCE, WrongResultError, check_memories
-from benchmarks.subjects import Memory
 from fwpkm import reference
 from fwpkm.memory import FastWeights, MemoryConfig
 from fwpkm.memory.state import MemoryState
@@ -167,8 +166,7 @@ def check_pieces(case: Case, piece: int) -> dict[str, float]:
             outputs.append(read.output)
         return torch.cat(outputs, 1)
 
-    memories: dict[str, Memory] = {"in pieces": in_pieces}
-    return check_memories(case, inputs, memories)["in pieces"]
+    return check_memories(case, inputs, {"in pieces": lambda inputs, case: in_pieces})["in pieces"]
 
 
 @torch.no_grad()

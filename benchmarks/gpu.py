@@ -312,8 +312,8 @@ def whole_subjects(case: Case, inputs: Inputs) -> tuple[dict[str, Subject], dict
     }
     slow = {"plain PyTorch": subjects.memory_run(plain.fast_weight_memory, inputs, case)}
     if released.folder() and case.batch == 1:
-        _within("released", released.fast_weight_memory(inputs, case), expected)
-        slow["released code"] = subjects.released_run(inputs, case)
+        _within("released", released.Released(inputs, case)(inputs, case), expected)
+        slow["released code"] = subjects.memory_run(released.Released(inputs, case), inputs, case)
     return _both(runs), _both(slow)
 
 

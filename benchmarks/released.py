@@ -38,29 +38,40 @@ def folder() -> Path | None:
 
 
 class Released:
-    """The released memory, from the inputs' keys and values on; every call continues what the one before left."""
+    """The released memory, from the inputs' keys and values on; every call continues what the one before left.
+
+    One of its modules has one memory, whatever the batch, so each sequence has a module.
+    """
 
     def __init__(self, inputs: Inputs, case: Case) -> None:
         require(case.key_update == "fast", "key_update", case.key_update, "'fast', what the released code does")
-        self._module = _memory()(
-            mem_k_dim=case.key_dim,
-            mem_v_dim=case.value_dim,
-            mem_heads=case.heads,
-            mem_topk=case.topk,
-            mem_n_subkeys=case.n_subkeys,
-        ).to(inputs.values.device)
-        with torch.no_grad():  # it writes into its own parameters, so these are a copy
-            self._module.keys.copy_(inputs.keys.flatten(0, 2))
-            self._module.values.copy_(inputs.values)
+        self._modules = [_module(inputs, case) for _ in range(case.batch)]
 
     def __call__(self, inputs: Inputs, case: Case) -> Tensor:
-        self._module.train(torch.is_grad_enabled())
-        return self._module(inputs.query.flatten(2), inputs.target, inputs.gate, case.chunk)["output"]
+        outputs = []
+        rows = zip(self._modules, inputs.query.flatten(2), inputs.target, inputs.gate, strict=True)
+        for module, *row in rows:
+            module.train(torch.is_grad_enabled())
+            outputs.append(module(*(x.unsqueeze(0) for x in row), case.chunk)["output"])
+        return torch.cat(outputs)
+
+    def state_bytes(self) -> int:
+        """Of a sequence: the parameters of a module, which it writes to."""
+        return sum(x.nbytes for x in self._modules[0].parameters())
 
 
-def fast_weight_memory(inputs: Inputs, case: Case) -> Tensor:
-    """Outputs of the released memory from the inputs' keys and values."""
-    return Released(inputs, case)(inputs, case)
+def _module(inputs: Inputs, case: Case) -> Any:
+    module = _memory()(
+        mem_k_dim=case.key_dim,
+        mem_v_dim=case.value_dim,
+        mem_heads=case.heads,
+        mem_topk=case.topk,
+        mem_n_subkeys=case.n_subkeys,
+    ).to(inputs.values.device)
+    with torch.no_grad():  # it writes into its own parameters, so these are a copy
+        module.keys.copy_(inputs.keys.flatten(0, 2))
+        module.values.copy_(inputs.values)
+    return module
 
 
 def _memory() -> Any:

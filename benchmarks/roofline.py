@@ -67,7 +67,8 @@ def _alone(case: Case, inputs: Inputs) -> dict[str, timing.Run]:
 
     def address_backward() -> None:
         for grad, chunk, (_, slots, sub_scores, sub_slots) in addressed:
-            torch.ops.fwpkm.product_key_address_backward(*grad, chunk, keys, slots, sub_scores, sub_slots, "idw")
+            found = chunk, keys, slots, sub_scores, sub_slots
+            torch.ops.fwpkm.product_key_address_backward(*grad, *found, "idw", True)
 
     return {
         "scoring products": lambda: [torch.bmm(half, keys.flatten(0, 2).mT) for half in halves],

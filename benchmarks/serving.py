@@ -22,14 +22,12 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from benchmarks import running, tables
 from benchmarks.check import WrongResultError
 from fwpkm.files import write_atomically
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
-from fwpkm.report.labels import count, decimal, length_label, percent
 
 OUT = Path(__file__).parent / "results" / "serving.json"
-PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
-START, END = "<!-- serving.json -->\n", "<!-- end of serving.json -->"
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -261,57 +259,6 @@ def quarters(differences: Tensor) -> list[float]:
     return [float(part.abs().median()) for part in differences.chunk(4)]
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The tables of docs/serving.md."""
-    both = results["throughput"]["with"], results["throughput"]["without"]
-    rows = [["Requests at once", "Tokens/s", "without memories", "First token, median", "without memories"]]
-    for ours, plain in zip(*both, strict=True):
-        speeds = [count(x["tokens_per_second"]) for x in (ours, plain)]
-        rows.append(
-            [str(ours["requests"]), *speeds, *(f"{decimal(x['first_token_seconds'])} s" for x in (ours, plain))]
-        )
-    tables = [rows]
-    both = results["contexts"]["with"], results["contexts"]["without"]
-    rows = [
-        ["Prompt", "Tokens/s", "without memories", "First token", "without memories", "KV cache", "without memories"]
-    ]
-    for ours, plain in zip(*both, strict=True):
-        speeds = [decimal(x["tokens_per_second"]) for x in (ours, plain)]
-        waits = [f"{decimal(x['first_token_seconds'])} s" for x in (ours, plain)]
-        sizes = [f"{x['bytes'] / 1e6:.1f} MB" for x in (ours, plain)]
-        rows.append([length_label(ours["prompt"]), *speeds, *waits, *sizes])
-    tables.append(rows)
-    prefix = results["prefixes"]
-    rows = [["Prefix caching", "First token, median", "Prompt tokens found in the cache"]]
-    for name in ("off", "on"):
-        found = prefix[name]
-        rows.append([name, f"{decimal(1e3 * found['first_token_seconds'])} ms", percent(found["cached"])])
-    tables.append(rows)
-    long = results["drift"]
-    rows = [["Log", "Quarter 1", "2", "3", "4"]]
-    names = {"float32": "float32, served against the model", "bfloat16": "bfloat16, served against the model"}
-    rows += [[label, *(f"{x:.1e}" for x in long[name]["error"])] for name, label in names.items()]
-    rows.append(["bfloat16 against float32", *(f"{x:.1e}" for x in long["bfloat16"]["rounding"])])
-    tables.append(rows)
-    rows = [["`fast_weight_log_limit`", "Prompt", "KV cache", "at most", "Difference from the model"]]
-    for row in results["limits"]:
-        limit = "none" if row["limit"] is None else length_label(row["limit"])
-        sizes = [f"{row[name] / 1e6:.1f} MB" for name in ("bytes", "most_bytes")]
-        rows.append([limit, length_label(row["prompt"]), *sizes, f"{row['error']:.1e}"])
-    tables.append(rows)
-    return "\n".join("".join(f"| {' | '.join(row)} |\n" for row in _ruled(table)) for table in tables)
-
-
-def _ruled(table: list[list[str]]) -> list[list[str]]:
-    return [table[0], ["---:"] * len(table[0]), *table[1:]]
-
-
-def update(results: dict[str, Any]) -> None:
-    """Put the tables into the documentation."""
-    before, rest = PAGE.read_text().split(START)
-    write_atomically(PAGE, f"{before}{START}\n{markdown(results)}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
@@ -322,8 +269,7 @@ def main() -> None:
     quick = arguments.quick
     counts, length, tokens = ((1, 2), 64, 4) if quick else ((1, 4, 16, 32), 512, 64)
     results: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "where": running.where("benchmarks.serving"),
         "sizes": SIZES | {"fwpkm_layers": MEMORIES},
         "throughput": {},
         "contexts": {},
@@ -342,7 +288,7 @@ def main() -> None:
         results["drift"] = drift(Path(temporary), 64 if quick else 10_000)
     write_atomically(arguments.out, json.dumps(results, indent=1) + "\n")
     if arguments.out == OUT:
-        update(results)
+        tables.update()
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""What is measured: our function and layer, the plain composition, the released code, a published package."""
+"""What is measured: our function and layer, and the peers: plain composition, released code, published package."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
 import fwpkm
-from benchmarks import plain, released
+from benchmarks import package, plain, reads, released
 from benchmarks.cases import Case, Inputs, draw
 from fwpkm.layers import FwPKM
 
 Memory = Callable[[Inputs, Case], Tensor]  # outputs [B, T, Dv]
+Make = Callable[[Inputs, Case], Memory]  # one that starts from the inputs' keys and values
 Run = Callable[[bool], object]  # one forward, or one forward and backward
 
 HIDDEN = 768
-PACKAGE = "fast-weight-product-key-memory"
 
 
 def ours(inputs: Inputs, case: Case) -> Tensor:
@@ -27,7 +25,18 @@ def ours(inputs: Inputs, case: Case) -> Tensor:
     return fwpkm.fast_weight_memory(*memory, case.config).output
 
 
-MEMORIES: dict[str, Memory] = {"fwpkm": ours, "plain": plain.fast_weight_memory}
+MEMORIES: dict[str, Make] = {
+    "fwpkm": lambda inputs, case: ours,
+    "plain": lambda inputs, case: plain.fast_weight_memory,
+    "released": released.Released,
+    "package": package.Package,
+}
+
+
+def installed() -> list[str]:
+    """The memories that are there."""
+    missing = {"released": released.folder() is None, "package": package.release() is None}
+    return [name for name in MEMORIES if not missing.get(name)]
 
 
 def gradients(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
@@ -47,11 +56,6 @@ def memory_run(memory: Memory, inputs: Inputs, case: Case) -> Run:
         return gradients(output, differentiable.leaves(), inputs.target)
 
     return run
-
-
-def released_run(inputs: Inputs, case: Case) -> Run:
-    """Of one memory, made before anything is timed."""
-    return memory_run(released.Released(inputs, case), inputs, case)
 
 
 def module_run(module: nn.Module, hidden: Tensor) -> Run:
@@ -104,36 +108,11 @@ def _projected(module: FwPKM, name: str, x: Tensor) -> Tensor:
     return linear(normed, projection.weight.double(), projection.bias.double())
 
 
-def package_release() -> str | None:
-    """Name and version of the published package, or None where it (or what it needs) is not installed."""
-    try:
-        importlib.import_module(PACKAGE.replace("-", "_"))
-    except ImportError:
-        return None
-    return f"{PACKAGE} {metadata.version(PACKAGE)}"
-
-
-def package(case: Case) -> nn.Module:
-    """The published package at this size: one head, ``Dv`` as its width, everything else as it comes."""
-    torch.manual_seed(0)
-    module: nn.Module = importlib.import_module(PACKAGE.replace("-", "_")).fwPKM(
-        dim=case.value_dim,
-        heads=1,
-        chunk_size=case.chunk,
-        num_memories=case.n_slots,
-        dim_queries_keys=case.key_dim,
-        dim_values=case.value_dim,
-        topk=case.topk,
-    )
-    return module
-
-
 def subject(name: str, case: Case) -> Run:
     """A run by name, on inputs drawn with their near ties."""
-    if name in MEMORIES:
-        return memory_run(MEMORIES[name], draw(case), case)
-    if name == "released":
-        return released_run(draw(case), case)
+    if name in reads.READS:
+        return reads.run(reads.READS[name], reads.draw(case))
     if name == "layer":
         return module_run(layer(case), layer_hidden(case))
-    return module_run(package(case), torch.randn(case.batch, case.tokens, case.value_dim))
+    inputs = draw(case)
+    return memory_run(MEMORIES[name](inputs, case), inputs, case)

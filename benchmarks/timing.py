@@ -27,6 +27,24 @@ def interleaved(runs: Mapping[str, Run], repeats: int, warm_up: bool = True) -> 
     return seconds
 
 
+def in_turn(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Seconds of ``repeats`` of all that take less than a second, and of three (or two, from five seconds on) others.
+
+    Their repeats are spread evenly over each other's, so that what disturbs one disturbs the others. The first run
+    warms up; of what is slow it counts.
+    """
+    first = interleaved(runs, 1, warm_up=False)
+    seconds = {name: [] if found[0] < 1 else found for name, found in first.items()}
+    wanted = {
+        name: repeats if found[0] < 1 else min(repeats, 3 if found[0] < 5 else 2) for name, found in first.items()
+    }
+    for i in range(repeats):
+        now = {name: run for name, run in runs.items() if len(seconds[name]) * repeats < wanted[name] * (i + 1)}
+        for name, found in interleaved(now, 1, warm_up=False).items():
+            seconds[name] += found
+    return seconds
+
+
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles, and the number of repeats."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.cases import Case
 
@@ -73,3 +73,14 @@ def total(case: Case, backward: bool) -> tuple[int, int]:
     """Bytes and operations of a forward, or of a forward and a backward."""
     wanted = [part for part in parts(case) if backward or not part.backward]
     return sum(part.bytes for part in wanted), sum(part.flops for part in wanted)
+
+
+def rates(case: Case, backward: bool, seconds: float) -> dict[str, Any]:
+    """The work of a forward (and backward), and how much of it was done a second."""
+    moved, operations = total(case, backward)
+    return {
+        "bytes": moved,
+        "flops": operations,
+        "gb_per_second": moved / seconds / 1e9,
+        "gflop_per_second": operations / seconds / 1e9,
+    }
