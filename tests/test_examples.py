@@ -2,16 +2,20 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 SHOWN = {
     "in_your_block": r"step 60: loss \S+, +(9[5-9]|100)\.\d% of the facts recalled",
+    "personal_memory": r"4 of 4 recalled; it now knows garage\.txt\.",
+    "train_on_your_files": r"\ntrained +: [23]\.\d+ nats a byte\n",
 }
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_runs_and_shows(path, capsys):
+def test_runs_and_shows(path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert re.search(SHOWN[path.stem], capsys.readouterr().out)
