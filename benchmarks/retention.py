@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from numpy.random import Generator
 
 import fwpkm
+from benchmarks import tables
 from fwpkm.baselines.comparison import SETTINGS, file_name
 from fwpkm.baselines.models import baselines
 from fwpkm.checks import require
@@ -33,12 +34,11 @@ from fwpkm.evaluation.adaptation import adaptation
 from fwpkm.evaluation.recall import ask, lower_bound
 from fwpkm.files import write_atomically
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
-from fwpkm.report.labels import percent
 
 RESULTS = Path(__file__).parent / "results" / "retention.json"
 DOCUMENTS = 2
-FACTS = 96  # of A; as many of B are asked for, too
-OTHER_FACTS = 384  # of B
+FACTS = 96  # of A
+OTHER_FACTS = 96  # of B
 FIRST = 1 << 14  # bytes of A, questions included
 LENGTH = 1 << 16  # of everything
 CHANGED = ("FwPKM fast reference", "FwPKM slow exact")  # the paper's options, and the demo's
@@ -76,12 +76,12 @@ def after(first: Document, rng: Generator, text: Bytes, facts: int, length: int)
     )
 
 
-def documents(a: Bytes, b: Bytes | None = None) -> list[Document]:
+def documents(a: Bytes, b: Bytes | None = None, facts: int = 0) -> list[Document]:
     """A, with a text of B after it if there is one; A is always the same."""
     made = [document(a, np.random.default_rng((0, i)), FIRST, FACTS) for i in range(DOCUMENTS)]
     if b is None:
         return made
-    return [after(x, np.random.default_rng((1, i)), b, OTHER_FACTS, LENGTH) for i, x in enumerate(made)]
+    return [after(x, np.random.default_rng((1, i)), b, facts, LENGTH) for i, x in enumerate(made)]
 
 
 class Decay:
@@ -148,27 +148,6 @@ def _share(right: np.ndarray[Any, Any]) -> dict[str, Any] | None:
     return {"questions": right.size, "exact": float(right.mean()), "exact_lower95": bound}
 
 
-def recall_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The recall of all rows as Markdown."""
-    lines = [["Model", "Addition", "A at once", "A after code", "B: code", "A after help", "B: help"]]
-    lines.append(["---", "---", *["---:"] * 5])
-    for row in rows:
-        shares = [share for found in row["recall"].values() for share in found.values() if share]
-        lines.append([row["name"], row["addition"], *(percent(share["exact"]) for share in shares)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def adaptation_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The losses of A's text as Markdown."""
-    lines = [["Model", "New", "Again at once", "Again after B", "Kept"], ["---", *["---:"] * 4]]
-    for row in rows:
-        if "adaptation" not in row:
-            continue
-        losses = (f"{row['adaptation'][x]:.4f}" for x in ("first", "again", "after"))
-        lines.append([row["name"], *losses, percent(row["adaptation"]["kept"])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 ADDITIONS: dict[str, Callable[[FwPKMForCausalLM], AbstractContextManager[None]]] = {
     **{f"gate bias {bias:+g}": partial(biased, bias=bias) for bias in GATE_BIASES},
     **{f"half-life {chunks} chunks": partial(decaying, half_life=chunks) for chunks in HALF_LIVES},
@@ -180,7 +159,12 @@ def run(folder: Path, out: Path) -> list[dict[str, Any]]:
     code, topics = (
         np.frombuffer(b"\n".join(read() for read in named_documents(name)), np.uint8) for name in ("code", "help")
     )
-    cases = {"nothing": documents(code), "code": documents(code, code), "help": documents(code, topics)}
+    cases = {
+        "nothing": documents(code),
+        "help without facts": documents(code, topics),
+        "code": documents(code, code, OTHER_FACTS),
+        "help": documents(code, topics, OTHER_FACTS),
+    }
     settings = {"documents": DOCUMENTS, "facts": FACTS, "first": FIRST, "other_facts": OTHER_FACTS, "length": LENGTH}
     head = {"version": fwpkm.__version__, "command": "python -m benchmarks.retention"}
     head |= {"date": date.today().isoformat(), "machine": machine(), "settings": settings}
@@ -212,8 +196,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="goes on from the rows that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = run(arguments.models, arguments.out)
-    print(recall_table(rows), adaptation_table(rows), sep="\n\n")
+    run(arguments.models, arguments.out)
+    if arguments.out == RESULTS:
+        tables.update()
 
 
 if __name__ == "__main__":

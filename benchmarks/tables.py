@@ -10,7 +10,15 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import compile_tables, cpu_tables, demo_tables, evaluation_tables, peers_tables, serving_tables
+from benchmarks import (
+    compile_tables,
+    cpu_tables,
+    demo_tables,
+    evaluation_tables,
+    peers_tables,
+    retention_tables,
+    serving_tables,
+)
 from benchmarks.markdown import Make
 from benchmarks.running import Results
 from fwpkm.checks import require
@@ -21,6 +29,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES: dict[str, Make] = {
     "demo": demo_tables.recall,
     "baselines": demo_tables.baselines,
+    "retention/recall": retention_tables.recall,
+    "retention/adaptation": retention_tables.adaptation,
     **{f"evaluation/{name}": make for name, make in evaluation_tables.TABLES.items()},
     "serving": serving_tables.everything,
     **{f"peers/{name}": make for name, make in peers_tables.TABLES.items()},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from benchmarks import retention
+from benchmarks import retention, retention_tables
 from fwpkm.baselines.comparison import file_name
 from fwpkm.baselines.models import baselines
 from fwpkm.data.needles import SENTENCE_BYTES, document
@@ -105,24 +105,27 @@ def test_retention(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "FIRST", 512)
     monkeypatch.setattr(retention, "LENGTH", 1024)
     monkeypatch.setattr(retention, "OTHER_FACTS", 3)
-    losses = dict.fromkeys(("first", "again", "after", "kept"), 0.5)
+    losses = {"first": 3.0, "again": 2.0, "after": 2.25, "kept": 0.75}
     monkeypatch.setattr(retention, "adaptation", lambda model, a, b, rows: losses)
     models = tmp_path / "models"
     for name in ("FwPKM slow exact", "FwPKM fast paper"):
         model(name).save_pretrained(models / file_name(MODELS[name]))
     monkeypatch.setattr("sys.argv", ["retention", "--models", str(models), "--out", str(tmp_path / "r.json")])
     retention.main()
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    results = json.loads((tmp_path / "r.json").read_text())
+    rows = results["rows"]
     names = [(row["name"], row["addition"]) for row in rows]
     assert names[:2] == [("FwPKM fast paper", ""), ("FwPKM slow exact", "")]
     assert names[2:] == [("FwPKM slow exact", addition) for addition in retention.ADDITIONS]
     for row in rows:
-        assert row["recall"]["nothing"]["learned"] is None
+        assert row["recall"]["nothing"]["learned"] is row["recall"]["help without facts"]["learned"] is None
         assert row["recall"]["help"]["kept"]["questions"] == row["recall"]["help"]["learned"]["questions"] == 4
-    lines = retention.recall_table(rows).splitlines()
+    lines = [line for line in retention_tables.recall(results).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
-    assert retention.adaptation_table(rows).count("0.5000") == 3 * 2
+    assert retention_tables.adaptation(results).count("| 3.000 | 2.000 | 2.250 | 75% |") == 2
+    losses["again"] = 2.999
+    assert retention_tables.adaptation({"rows": [{"name": "x", "adaptation": losses}]}).endswith("| 2.250 | – |\n")
 
     rows[0]["kept"] = True
     (tmp_path / "r.json").write_text(json.dumps({"rows": rows[:1]}))

@@ -73,6 +73,7 @@ def run(
         same = not path.exists() or json.loads(path.read_text())["settings"] == known
         require(same, "out", out, "a new folder: this one holds rows of other settings")
     missing = [(baseline, path) for baseline, path in zip(wanted, paths, strict=True) if not path.exists()]
+    _split(text)  # refused here, not in every process
     finished = len(wanted) - len(missing)
     progress("models", finished, len(wanted))
     # spawn: a forked child of a process that has run threads can hang
@@ -99,9 +100,13 @@ def file_name(baseline: Baseline) -> str:
     return re.sub(r"\W+", "-", baseline.name.lower())
 
 
+def _split(text: Path | None) -> tuple[Bytes, Bytes]:
+    return load_split(text_files(text) if text else standard_library())
+
+
 def _run_one(out: Path, path: Path, baseline: Baseline, settings: DemoSettings, text: Path | None) -> None:
     torch.set_num_threads(1)
-    train_text, held_out = load_split(text_files(text) if text else standard_library())
+    train_text, held_out = _split(text)
     model = baseline.build(settings)
     times = [time.process_time()]
     history = train_with_progress(
