@@ -64,11 +64,9 @@ QUICK = Settings(
 def main(
     only: Annotated[list[str], typer.Option(help=f"Section to measure: {', '.join(SECTIONS)}; may be repeated.")] = [],  # noqa: B006
     parts: Annotated[bool, typer.Option("--parts", help="The same as --only parts: the roofline table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that everything runs.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    out: Annotated[
-        Path, typer.Option(help="JSON file; sections that are not measured stay as they are there.")
-    ] = RESULTS,
+    quick: running.Quick = False,
+    threads: running.Threads = 2,
+    out: running.Out = RESULTS,
 ) -> None:
     """Compare with the reference, measure, and write a JSON file and the tables of the documentation.
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import check, plain, released, subjects
+from benchmarks import check, plain, released, running, subjects
 from benchmarks.cases import Case, Inputs, safe_inputs
 from fwpkm import ops
 from fwpkm.checks import require
@@ -75,7 +75,7 @@ class Subject(NamedTuple):
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that everything runs.")] = False,
+    quick: running.Quick = False,
     device: Annotated[str, typer.Option(help="cuda; or cpu, together with --quick.")] = "cuda",
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS,
 ) -> None:

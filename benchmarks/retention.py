@@ -28,11 +28,11 @@ from fwpkm.baselines.comparison import SETTINGS, file_name
 from fwpkm.baselines.models import baselines
 from fwpkm.checks import require
 from fwpkm.data.needles import SENTENCE_BYTES, Document, document
-from fwpkm.data.text import Bytes, named_documents
-from fwpkm.demo import machine
+from fwpkm.data.text import Bytes, joined, named_documents
 from fwpkm.evaluation.adaptation import adaptation
 from fwpkm.evaluation.recall import ask, lower_bound
 from fwpkm.files import write_atomically
+from fwpkm.machine import machine
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
 
 RESULTS = Path(__file__).parent / "results" / "retention.json"
@@ -156,9 +156,7 @@ ADDITIONS: dict[str, Callable[[FwPKMForCausalLM], AbstractContextManager[None]]]
 
 def run(folder: Path, out: Path) -> list[dict[str, Any]]:
     """Measure the models in ``folder``, and write all rows to ``out``; those that it has are not measured again."""
-    code, topics = (
-        np.frombuffer(b"\n".join(read() for read in named_documents(name)), np.uint8) for name in ("code", "help")
-    )
+    code, topics = (joined(named_documents(name)) for name in ("code", "help"))
     cases = {
         "nothing": documents(code),
         "help without facts": documents(code, topics),

@@ -9,17 +9,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 import fwpkm
 from fwpkm.checks import require
 from fwpkm.cli.console import console
-from fwpkm.demo import machine
 from fwpkm.files import write_atomically
+from fwpkm.machine import machine
 
 Results = dict[str, Any]
+
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that everything runs.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch.")]
+Out = Annotated[Path, typer.Option(help="JSON file; sections that are not measured stay as they are there.")]
 
 
 def prepare(only: Sequence[str], sections: Sequence[str], quick_for_documentation: bool, threads: int) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
@@ -14,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from transformers import set_seed
 
 import fwpkm
@@ -26,6 +22,7 @@ from fwpkm.evaluation.memory import never_written, reconfigured
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.evaluation.recall import Recall, ask
 from fwpkm.files import write_atomically
+from fwpkm.machine import machine
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 from fwpkm.report import recall_curve, recall_heat_map, training_curve, write_page
 from fwpkm.training.loop import Progress
@@ -298,22 +295,3 @@ def described(settings: DemoSettings, text: Path | None) -> dict[str, Any]:
     flat["overwritten"] = "{documents} x {needles} in {length} bytes".format(**flat["overwritten"])
     flat["text"] = str(text) if text else "Python standard library"
     return {f"training_{name}": value for name, value in training.items()} | flat
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
-from fwpkm.layers.fwpkm import LayerState
 from fwpkm.memory import FastWeights, MemoryState
 from fwpkm.memory.forget import forget
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
@@ -218,9 +217,7 @@ class Session:
     def _cache(self, memories: dict[int, MemoryState]) -> FwPKMCache:
         """The beginning of a text, for a model that remembers other texts."""
         require(not self.model.training, "model", "in training", "one in evaluation: model.eval()")
-        cache = FwPKMCache(self.model.config)
-        cache.memories = {i: LayerState(state, None) for i, state in memories.items()}
-        return cache
+        return FwPKMCache.remembering(self.model.config, memories)
 
     def _unused_name(self) -> str:
         number = len(self.documents) + 1

@@ -15,34 +15,12 @@ from typer.testing import CliRunner
 from fwpkm.cli import app
 from fwpkm.evaluation import inspection as inspections
 from fwpkm.evaluation.inspection import InspectedLayer, Inspection, SlotUsage, inspect, slot_usage
-from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 from fwpkm.report.inspect_page import inspect_page
 from tests.test_report import Tree, cells
+from tests.test_session import make
 
 TEXT = "größe 日本: " + "".join(chr(97 + i * i % 26) for i in range(90)) + " 🎉"
 HOSTILE = "</script><script>document.title='hacked'</script><!--<script>\u2028\0 é&amp;"
-
-
-def make(**options):
-    torch.manual_seed(0)
-    options = {"fwpkm_layers": [0, 2], "fwpkm_key_update": "slow", "fwpkm_query_conv": 4} | options
-    config = FwPKMConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        head_dim=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        sliding_window=8,
-        fwpkm_n_subkeys=8,
-        fwpkm_key_dim=16,
-        fwpkm_value_dim=16,
-        fwpkm_topk=4,
-        fwpkm_chunk_size=16,
-        fwpkm_write_scale="exact",
-        **options,
-    )
-    return FwPKMForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ import fwpkm
 from fwpkm.baselines.models import Baseline, baselines, state_bytes
 from fwpkm.checks import require
 from fwpkm.data.text import Bytes, load_split, standard_library, text_files
-from fwpkm.demo import DemoSettings, Questions, described, documents, machine, train_with_progress
+from fwpkm.demo import DemoSettings, Questions, described, documents, train_with_progress
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.evaluation.recall import SIDE_BY_SIDE, ask
 from fwpkm.files import write_atomically
+from fwpkm.machine import machine
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
 from fwpkm.report import baselines_plot
 from fwpkm.training.loop import Progress

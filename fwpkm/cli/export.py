@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from fwpkm import compile as compiling
 from fwpkm.cli.console import console, errors_in_one_line
-from fwpkm.models import FwPKMForCausalLM
-from fwpkm.training import checkpoint as checkpoints
+from fwpkm.cli.subject import Checkpoint, Subject
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     capacity: Annotated[int, typer.Option(help="Tokens of a row for which a state has room.")] = 4096,
@@ -26,7 +24,5 @@ def export(
 ) -> None:
     """Write a model's inference step as a program that torch and the operators run, without the model's code."""
     with errors_in_one_line():
-        model = FwPKMForCausalLM.from_pretrained(checkpoints.find(checkpoint))
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        compiling.export(model, out, batch, capacity, max_length, compiled)
+        compiling.export(Subject.load(checkpoint).model, out, batch, capacity, max_length, compiled)
     console.print(f"Exported: {out}")

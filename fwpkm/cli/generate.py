@@ -12,13 +12,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from fwpkm.checks import require
 from fwpkm.cli.console import errors_in_one_line
-from fwpkm.data.codec import Codec, Decoder
+from fwpkm.cli.subject import Checkpoint, Subject
+from fwpkm.data.codec import Decoder
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
-from fwpkm.training import checkpoint as checkpoints
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")],
+    checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     file: Annotated[Path | None, typer.Option(help="File with that text.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
@@ -41,12 +41,9 @@ def generate(
         require(temperature >= 0, "temperature", temperature, "a number >= 0")
         require(0 < top_p <= 1, "top_p", top_p, "a share in (0, 1]")
         text = file.read_bytes() if file else (prompt or "").encode()
-        found = checkpoints.find(checkpoint)
-        codec = Codec.of_checkpoint(found)
+        model, codec, _ = Subject.load(checkpoint)
         known = torch.from_numpy(codec.encode(text).astype("int64"))
         require(known.numel() >= 1, "prompt", "empty", "at least one token")
-        model = FwPKMForCausalLM.from_pretrained(found).eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         print(text.decode(errors="replace"), end="", flush=True)
         how: dict[str, Any] = {"max_new_tokens": tokens, "commit_after_prompt": commit_after_prompt}

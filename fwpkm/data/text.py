@@ -106,6 +106,10 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tup
 
 def load_split(files: Sequence[Path], held_out: float = 0.1) -> tuple[Bytes, Bytes]:
     """Join files to two texts, for training and for evaluation, as :func:`split_documents` divides them."""
-    parts = split_documents(file_documents(files), held_out)
-    train, held = (np.frombuffer(b"\n".join(read() for read in part), dtype=np.uint8) for part in parts)
-    return train, held
+    train, held = split_documents(file_documents(files), held_out)
+    return joined(train), joined(held)
+
+
+def joined(documents: Sequence[Document]) -> Bytes:
+    """Documents as one text, a line end between them."""
+    return np.frombuffer(b"\n".join(read() for read in documents), dtype=np.uint8)

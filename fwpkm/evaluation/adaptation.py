@@ -74,7 +74,7 @@ def _of_text(losses: Tensor, i: int, length: int) -> Tensor:
 
 
 def _mean(losses: Tensor) -> float:
-    return losses.double().mean().item()
+    return float(losses.double().mean())  # on the CPU
 
 
 def _rows(name: str, tokens: TokenArray, rows: int, length: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
 from fwpkm.layers.block import BlockResult
-from fwpkm.layers.fwpkm import LayerState
 from fwpkm.memory.attribution import Writes, seen_by_own_tokens
 from fwpkm.memory.formulas import reads_of_slot
 from fwpkm.memory.state import MemoryState
@@ -156,8 +155,7 @@ def inspect(
     known = torch.from_numpy(codec.encode(text.encode() if isinstance(text, str) else text)[:tokens].astype("int64"))
     require(known.numel() >= 1, "text", "empty", "at least one token")
     model.eval()
-    cache = FwPKMCache(model.config)
-    cache.memories = {i: LayerState(state, None) for i, state in memories.items()}
+    cache = FwPKMCache.remembering(model.config, memories)
     likeliest, confidence, probability = [], [], []
     with _recorded(model) as recorded:
         for first in range(0, known.numel(), _PIECE):
@@ -206,8 +204,8 @@ def slot_usage(slots: Tensor, chunks: Tensor, n_slots: int) -> SlotUsage:
     used = counts[counts > 0].double() / slots.numel()
     return SlotUsage(
         coverage=used.numel() / n_slots,
-        collisions=(reads_of_slot(slots, chunks, n_slots) > 1).double().mean().item(),
-        divergence=math.log(n_slots) + (used * used.log()).sum().item(),
+        collisions=float((reads_of_slot(slots, chunks, n_slots) > 1).double().mean()),  # the host waits once a layer
+        divergence=math.log(n_slots) + float((used * used.log()).sum()),
     )
 
 

@@ -37,8 +37,7 @@ def perplexity(
         ``tokens`` and ``bytes`` read, ``loss`` in nats a token, ``nats_per_byte``, and ``perplexity`` a token.
     """
     pieces = side_by_side(tokens, rows)
-    total = token_losses(model, pieces, call, on_tokens, resets).double().sum().item()
-    return summary(total, pieces, bytes_per_token)
+    return summary(token_losses(model, pieces, call, on_tokens, resets), pieces, bytes_per_token)
 
 
 def side_by_side(tokens: TokenArray, rows: int) -> Tensor:
@@ -46,11 +45,6 @@ def side_by_side(tokens: TokenArray, rows: int) -> Tensor:
     length = tokens.size // rows
     require(length > 1, "text", f"{tokens.size} tokens long", "at least {} tokens", 2 * rows)
     return torch.from_numpy(tokens[: rows * length].astype("int64")).view(rows, length)
-
-
-def cross_entropy_sum(model: FwPKMForCausalLM, pieces: Tensor, call: int, on_tokens: OnTokens = ignored) -> float:
-    """Sum over ``pieces [rows, T]`` of the cross entropy of each token but the first, in nats, ``call`` at a time."""
-    return token_losses(model, pieces, call, on_tokens).double().sum().item()
 
 
 def token_losses(
@@ -86,15 +80,15 @@ def by_position(losses: Tensor) -> list[dict[str, Any]]:
     bins = []
     for first, last in pairwise(edges):
         part = losses[:, first - 1 : last - 1].double()  # the first token of a piece is not predicted
-        loss = part.mean().item()
+        loss = float(part.mean())  # on the CPU
         bins.append({"from": first, "to": last, "tokens": part.numel(), "loss": loss, "perplexity": math.exp(loss)})
     return bins
 
 
-def summary(total: float, pieces: Tensor, bytes_per_token: float) -> dict[str, Any]:
-    """What :func:`perplexity` returns, from the sum of the cross entropy of all ``pieces``."""
+def summary(losses: Tensor, pieces: Tensor, bytes_per_token: float) -> dict[str, Any]:
+    """What :func:`perplexity` returns, from the :func:`token_losses` of ``pieces``, or the sum of them in parts."""
     rows, length = pieces.shape
-    loss = total / (rows * (length - 1))
+    loss = float(losses.double().sum()) / (rows * (length - 1))
     return {
         "tokens": rows * length,
         "bytes": round(rows * length * bytes_per_token),

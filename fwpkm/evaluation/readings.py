@@ -16,7 +16,6 @@ from fwpkm.data.codec import Codec
 from fwpkm.data.questions import Haystack, Question
 from fwpkm.evaluation.recall import by_depth, lower_bound
 from fwpkm.evaluation.stream import OnTokens, ignored
-from fwpkm.layers.fwpkm import LayerState
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 
@@ -51,7 +50,7 @@ def ask_after_readings(
         cache = FwPKMCache(model.config)
         for i in range(readings):
             start = time.perf_counter()
-            cache = another_text(model, cache)
+            cache = FwPKMCache.remembering(model.config, {j: s.memory for j, s in cache.memories.items()})
             for piece in tokens.split(call, 1):
                 model.read(piece, cache)
                 on_tokens(piece.numel())
@@ -63,13 +62,6 @@ def ask_after_readings(
         {"readings": i + 1, "texts": len(haystacks), **_summary(right[i], depths), "seconds": seconds[i]}
         for i in range(readings)
     ]
-
-
-def another_text(model: FwPKMForCausalLM, cache: FwPKMCache) -> FwPKMCache:
-    """The beginning of a text, for a model whose memories go on from ``cache``."""
-    begun = FwPKMCache(model.config)
-    begun.memories = {i: LayerState(state.memory, None) for i, state in cache.memories.items()}
-    return begun
 
 
 def fork(model: FwPKMForCausalLM, cache: FwPKMCache) -> FwPKMCache:

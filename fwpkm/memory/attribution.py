@@ -135,14 +135,14 @@ class Writes:
         """
         require(top >= 1, "top", top, "a positive integer")
         require_shape("reads", reads, (slots.shape[0], self.values.shape[1]))
-        parts, error = [], 0.0
+        parts, errors = [], []
         for piece in self._pieces(slots, seen):
             split = self.split(slots[piece], weights[piece], seen[piece])
-            error = max(error, (split.reads() - reads[piece]).abs().max().item())
+            errors.append((split.reads() - reads[piece]).abs().max())
             base, shares = split.shares(reads[piece])
             parts.append((base, *_top(split, shares, top)))
         base, sources, shares = (torch.cat(x) for x in zip(*parts, strict=True))
-        return Strongest(base, sources, shares, error)
+        return Strongest(base, sources, shares, float(torch.stack(errors).max()))
 
     def _pieces(self, slots: Tensor, seen: Tensor) -> Iterator[slice]:
         """Runs of reads with a bounded number of slots and matches together, or of a single read."""

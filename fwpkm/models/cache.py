@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -9,6 +11,7 @@ from transformers import DynamicCache
 from fwpkm.checks import require
 from fwpkm.layers.fwpkm import LayerState
 from fwpkm.layers.mixers import FLASH_LINEAR
+from fwpkm.memory import MemoryState
 from fwpkm.models.configuration import FwPKMConfig
 
 
@@ -30,6 +33,13 @@ class FwPKMCache(DynamicCache):
         self.tokens = 0
         self.padded = False
         self._reach = max(config.fwpkm_query_conv - 1, 0)
+
+    @classmethod
+    def remembering(cls, config: FwPKMConfig, memories: Mapping[int, MemoryState]) -> FwPKMCache:
+        """The beginning of a text, for a model that remembers others: attention and convolutions have seen nothing."""
+        cache = cls(config)
+        cache.memories = {i: LayerState(state, None) for i, state in memories.items()}
+        return cache
 
     @property
     def is_compileable(self) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
-from fwpkm.report.labels import length_label, percent
+from fwpkm.report.labels import percent
+from fwpkm.report.plots import length_axis, share_axis
 from fwpkm.report.theme import Theme
 
 Results = Mapping[str, Any]
@@ -26,7 +27,7 @@ def draw_perplexity(results: Results, theme: Theme) -> Figure:
         middles = [(x["from"] * x["to"]) ** 0.5 for x in bins]
         panel.plot(middles, [x["perplexity"] for x in bins], marker="o", label=f"memory {run['memory']}", **style)
         edges |= {x["from"] for x in bins}
-    _powers(panel, sorted(edges))
+    length_axis(panel, sorted(edges))
     panel.set_xlabel("Tokens read before, from ... on")
     panel.set_ylabel("Perplexity a token")
     panel.set_title(results["figures"]["text"]["name"])
@@ -45,10 +46,10 @@ def draw_needles(results: Results, theme: Theme) -> Figure:
         panel.plot(lengths, [row["exact"] for row in mine], marker="o", clip_on=False, label=label, **style)
         lower, exact = ([row[x] for row in mine] for x in ("exact_lower95", "exact"))
         panel.fill_between(lengths, lower, exact, color=style["color"], alpha=0.15, linewidth=0)
-    _powers(panel, sorted({row["length"] for row in rows}))
+    length_axis(panel, sorted({row["length"] for row in rows}))
     panel.set_xlabel("Length of the text in bytes")
     panel.set_ylabel("Exact match")
-    _shares(panel)
+    share_axis(panel)
     figure.legend(loc="outside upper left", ncols=4)
     return figure
 
@@ -64,10 +65,10 @@ def draw_recall(results: Results, theme: Theme) -> Figure:
     )
     chance = rows[0]["chance"]
     panel.axhline(chance, color=theme.faint, linestyle=":", linewidth=1.2, label=f"guessing: {percent(chance)}")
-    _powers(panel, pairs)
+    length_axis(panel, pairs)
     panel.set_xlabel("Pairs in a sequence")
     panel.set_ylabel("Values right")
-    _shares(panel)
+    share_axis(panel)
     figure.legend(loc="outside upper left", ncols=2)
     return figure
 
@@ -138,14 +139,3 @@ def _styles(theme: Theme) -> Iterator[dict[str, Any]]:
     dashes = cycle(("-", (0, (5, 2)), "-.", ":"))
     for colour, dash in zip(colours, dashes, strict=False):
         yield {"color": colour, "linestyle": dash}
-
-
-def _powers(panel: Axes, ticks: Sequence[int]) -> None:
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [length_label(tick) for tick in ticks])
-    panel.xaxis.set_minor_locator(NullLocator())
-
-
-def _shares(panel: Axes) -> None:
-    panel.set_ylim(-0.03, 1.03)
-    panel.yaxis.set_major_formatter(PercentFormatter(1, 0))

@@ -100,8 +100,8 @@ def _usage(inspection: Inspection) -> Markup:
             percent(layer.usage.coverage),
             percent(layer.usage.collisions),
             decimal(layer.usage.divergence),
-            decimal(layer.gates.mean().item()),
-            percent((layer.gates > 0.5).double().mean().item()),
+            decimal(float(layer.gates.mean())),
+            percent(float((layer.gates > 0.5).double().mean())),
         ]
         for layer in inspection.layers
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,10 @@ def draw_recall_curve(results: Results, theme: Theme) -> Figure:
         panel.plot(list(entries), exact, color=theme.of(model), label=name, clip_on=False, **_LINES[model])
         panel.fill_between(list(entries), lower, exact, color=theme.of(model), alpha=0.18, linewidth=0)
     panel.axhline(GUESS_NUMBER, color=theme.faint, linestyle=":", linewidth=1.2, label="guessing: 1 in 1,000,000")
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(lengths, [length_label(length) for length in lengths])
-    panel.xaxis.set_minor_locator(NullLocator())
+    length_axis(panel, lengths)
     panel.set_xlabel("Length of the text in bytes")
     panel.set_ylabel("Exact match")
-    _share_axis(panel)
+    share_axis(panel)
     figure.legend(loc="outside upper left", ncols=3)
     return figure
 
@@ -141,7 +139,7 @@ def draw_training_curve(results: Results, theme: Theme) -> Figure:
     loss.set_title("Loss on the text, nats a byte")
     loss.set_ylim(bottom=0)
     accuracy.set_title("Digits answered right")
-    _share_axis(accuracy)
+    share_axis(accuracy)
     for panel in (loss, accuracy):
         panel.set_xlabel("Training step")
         panel.set_xlim(left=0)
@@ -196,7 +194,14 @@ def _hatched(column: int, row: int, theme: Theme) -> Rectangle:
     )
 
 
-def _share_axis(panel: Axes) -> None:
+def length_axis(panel: Axes, lengths: Sequence[int]) -> None:
+    """Numbers of tokens, bytes or pairs, by powers of two."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [length_label(length) for length in lengths])
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
+def share_axis(panel: Axes) -> None:
     panel.set_ylim(-0.03, 1.03)
     panel.yaxis.set_major_formatter(PercentFormatter(1, 0))
 

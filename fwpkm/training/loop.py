@@ -20,7 +20,7 @@ from torch import Tensor
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
 from fwpkm.data.tokens import Tokens, batch
-from fwpkm.evaluation.perplexity import cross_entropy_sum, side_by_side, summary
+from fwpkm.evaluation.perplexity import side_by_side, summary, token_losses
 from fwpkm.files import remove_unfinished
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM, FwPKMOutput
 from fwpkm.report.training import training_plot
@@ -172,9 +172,8 @@ class _Training:
     def evaluate(self, step: int) -> Record:
         """Predict held-out text, each process its share of rows."""
         with self._autocast():
-            total = cross_entropy_sum(self.model, self.pieces[self.share], self.settings.length)
-        share = torch.tensor(total, dtype=torch.float64, device=self.accelerator.device)
-        total = self.accelerator.reduce(share, "sum").item()
+            losses = token_losses(self.model, self.pieces[self.share], self.settings.length)
+        total = self.accelerator.reduce(losses.double().sum().to(self.accelerator.device), "sum")
         measured = summary(total, self.pieces, self.tokens.bytes_per_token)
         return {"step": step} | {f"held_out_{name}": measured[name] for name in ("loss", "nats_per_byte", "perplexity")}
 

@@ -78,9 +78,8 @@ def test_environment(monkeypatch):
     ],
 )
 def test_driver_and_cpu(said, driver, tmp_path, monkeypatch):
-    module = sys.modules["fwpkm.compile.environment"]
-    for name in ("CPU_FILE", "DRIVER_FILE"):
-        monkeypatch.setattr(module, name, tmp_path / name)
+    for module, name in (("fwpkm.machine", "CPU_FILE"), ("fwpkm.compile.environment", "DRIVER_FILE")):
+        monkeypatch.setattr(sys.modules[module], name, tmp_path / name)
     if said:
         (tmp_path / "DRIVER_FILE").write_text(said)
         (tmp_path / "CPU_FILE").write_text(

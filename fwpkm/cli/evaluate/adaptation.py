@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fwpkm.cli.evaluate.run import Checkpoint, Column, Evaluation, Figures, Out, Settings, Subject, counter
+from fwpkm.cli.console import counter
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Settings
 from fwpkm.cli.evaluate.texts import NAMES, read_texts
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.adaptation import adaptation as measure
 from fwpkm.evaluation.memory import never_written
 from fwpkm.report.evaluation import draw_adaptation

@@ -9,19 +9,10 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require
-from fwpkm.cli.evaluate.run import (
-    Checkpoint,
-    Column,
-    Evaluation,
-    Figures,
-    Out,
-    Seed,
-    Settings,
-    Subject,
-    counter,
-    positive,
-)
+from fwpkm.cli.console import counter
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, positive
 from fwpkm.cli.evaluate.texts import NAMES, checksum_of, filler, read_texts, rows_of
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.data.codec import TokenArray
 from fwpkm.data.questions import secret_numbers
 from fwpkm.evaluation.gates import gates as measure

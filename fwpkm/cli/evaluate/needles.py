@@ -9,19 +9,10 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require, require_choice
-from fwpkm.cli.evaluate.run import (
-    Checkpoint,
-    Column,
-    Evaluation,
-    Figures,
-    Out,
-    Seed,
-    Settings,
-    Subject,
-    counter,
-    positive,
-)
+from fwpkm.cli.console import counter
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, positive
 from fwpkm.cli.evaluate.texts import NAMES, filler
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.data.questions import Haystack, pairs, secret_numbers
 from fwpkm.data.text import Bytes
 from fwpkm.demo import Questions, documents

@@ -9,18 +9,10 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require, require_choice
-from fwpkm.cli.evaluate.run import (
-    Checkpoint,
-    Column,
-    Evaluation,
-    Figures,
-    Out,
-    Settings,
-    Subject,
-    counter,
-    positive,
-)
+from fwpkm.cli.console import counter
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Settings, positive
 from fwpkm.cli.evaluate.texts import NAMES, Text, held_out, read_texts
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.memory import never_written
 from fwpkm.evaluation.perplexity import by_position, side_by_side, summary, token_losses
 from fwpkm.report.evaluation import draw_perplexity
@@ -74,7 +66,7 @@ def _measure(subject: Subject, progress: Progress, settings: Settings) -> Figure
         model = never_written(subject.model) if memory == "off" else subject.model
         done = counter(progress, f"memory {memory}", pieces.numel() - pieces.shape[0])
         losses = token_losses(model, pieces, on_tokens=done, resets=resets)
-        figures = summary(losses.double().sum().item(), pieces, text.bytes_per_token)
+        figures = summary(losses, pieces, text.bytes_per_token)
         runs.append({"memory": memory, **figures, "positions": by_position(losses)})
     return {"text": text.about(), "runs": runs}
 

@@ -8,7 +8,9 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require
-from fwpkm.cli.evaluate.run import Checkpoint, Evaluation, Figures, Out, Seed, Settings, Subject, counter, positive
+from fwpkm.cli.console import counter
+from fwpkm.cli.evaluate.run import Evaluation, Figures, Out, Seed, Settings, positive
+from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.associative import associative_recall
 from fwpkm.report.evaluation import draw_recall
 from fwpkm.report.labels import percent

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import torch
 import typer
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -17,17 +16,14 @@ from rich.table import Table
 import fwpkm
 from fwpkm.checks import require
 from fwpkm.cli.console import command_line, console, errors_in_one_line, progress_bars
-from fwpkm.data.codec import Codec
-from fwpkm.demo import machine
+from fwpkm.cli.subject import Subject
 from fwpkm.files import write_atomically
-from fwpkm.models import FwPKMForCausalLM
+from fwpkm.machine import machine
 from fwpkm.report.plots import png
 from fwpkm.report.theme import LIGHT, Theme
 from fwpkm.session_file import fingerprint
-from fwpkm.training import checkpoint as checkpoints
 from fwpkm.training.loop import Progress
 
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a model, or of a training: its latest checkpoint.")]
 Out = Annotated[
     Path | None, typer.Option(help="JSON file for the figures, next to the model unless given; a picture beside it.")
 ]
@@ -37,21 +33,6 @@ Column = Annotated[str, typer.Option(help="Where data sets have their text.")]
 Settings = Mapping[str, Any]
 Figures = dict[str, Any]
 TIMES = ("seconds", "bytes_per_second", "peak_memory_mb")  # what differs from run to run
-
-
-class Subject(NamedTuple):
-    """What is evaluated."""
-
-    model: FwPKMForCausalLM
-    codec: Codec
-    folder: Path  # of the model itself
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> Subject:
-        """The model in a folder, or the latest of a training."""
-        folder = checkpoints.find(checkpoint)
-        model = FwPKMForCausalLM.from_pretrained(folder)
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), Codec.of_checkpoint(folder), folder)
 
 
 @dataclass(frozen=True)
@@ -131,18 +112,6 @@ def differences(before: Any, now: Any, name: str = "figures") -> Iterator[str]:
             yield from differences(*pair, f"{name}[{i}]")
     elif before != now:
         yield f"{name}: {before} before, {now} now"
-
-
-def counter(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    """Adds up the tokens of calls for a bar."""
-    done = 0
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        progress(what, done, total)
-
-    return count
 
 
 def positive(settings: Settings, *names: str) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fwpkm.checks import require
-from fwpkm.cli.evaluate.run import Subject
+from fwpkm.cli.subject import Subject
 from fwpkm.data import tokens as token_files
 from fwpkm.data.codec import Codec, TokenArray
-from fwpkm.data.text import Bytes, named_documents
+from fwpkm.data.text import Bytes, joined, named_documents
 from fwpkm.files import checksum
 
 NAMES = (
@@ -54,7 +53,7 @@ def held_out(subject: Subject) -> Text:
 
 def filler(name: str, column: str) -> Bytes:
     """The bytes of a text, to hide something in."""
-    return np.frombuffer(b"\n".join(read() for read in named_documents(name, column)), dtype=np.uint8)
+    return joined(named_documents(name, column))
 
 
 def rows_of(name: str, tokens: TokenArray, rows: int, total: int) -> torch.Tensor:
