@@ -22,12 +22,6 @@ def shared_model(key_update: str = "fast", **options) -> FwPKMForCausalLM:
     return make_model(**options).train()
 
 
-def checkpoint_blocks(model: FwPKMForCausalLM) -> None:
-    """Under the name that this version of transformers has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-
-
 def batch(seed: int) -> Tensor:
     return torch.randint(32, (3, 21), generator=torch.Generator().manual_seed(seed))
 
@@ -114,7 +108,7 @@ def test_checkpointing_changes_nothing(key_update, whole):
     for checkpointed in (False, True):
         model = shared_model(key_update)
         if checkpointed and not whole:
-            checkpoint_blocks(model)
+            model.checkpoint_blocks()
         seen = []
         for step in range(3):
             tokens = batch(step)

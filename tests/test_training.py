@@ -28,7 +28,6 @@ from fwpkm.training.settings import TrainingSettings
 from tests.children import records
 from tests.draws import Draw, seeds
 from tests.test_models import make_model
-from tests.test_shared_memory import checkpoint_blocks
 
 SETTINGS = TrainingSettings(
     steps=5, batch=4, length=24, warmup=2, save_every=2, evaluate_every=3, evaluate_tokens=400, learning_rate=1e-2
@@ -147,7 +146,7 @@ def test_gradient_checkpointing_changes_no_gradient(key_update, scope):
     model.discard()  # what a shared memory has stored
     calls = []
     model.blocks[0].mixer_norm.register_forward_hook(lambda *_: calls.append(1))
-    checkpoint_blocks(model)
+    model.checkpoint_blocks()
     have = model(tokens, labels=tokens)
     have.loss.backward()
     assert len(calls) == 2  # once more in the backward

@@ -49,7 +49,8 @@ def train(
     clip: Annotated[float, typer.Option(help="Norm that gradients are cut to.")] = DEFAULT.clip,
     precision: Annotated[str, typer.Option(help="no: float32; bf16: bfloat16 autocast.")] = DEFAULT.precision,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute activations twice, all but addresses."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Draws the weights and the sequences.")] = DEFAULT.seed,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULT.save_every,

@@ -20,6 +20,7 @@ from fwpkm.layers.weights import MemoryWeights
 from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.placement import attention_masks, place
+from fwpkm.ops import keep_addresses
 
 _PIECE = 4096  # tokens read at once
 
@@ -106,6 +107,12 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         """Read ``[B, T]`` tokens, of which there may be none, into ``past_key_values``, in pieces."""
         for piece in input_ids.split(_PIECE, 1) if input_ids.shape[1] else ():
             self(piece, past_key_values=past_key_values, logits_to_keep=1)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep a block's input and its addresses in training, and compute the rest once more in the backward."""
+        renamed = hasattr(self, "activation_checkpointing_enable")  # by transformers, on the way
+        enable = self.activation_checkpointing_enable if renamed else self.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": keep_addresses})
 
     def memories(self) -> list[FwPKM]:
         """The memory layers, in their order."""

@@ -1,8 +1,11 @@
-"""The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each."""
+"""The operators of namespace ``fwpkm``: public functions that check their arguments and call one operator each;
+and what concerns several of them.
+"""
 
 from fwpkm.ops._implementation import implementation
 from fwpkm.ops._index import IndexedLog, Level
 from fwpkm.ops._log import Log
+from fwpkm.ops.checkpointing import keep_addresses
 from fwpkm.ops.gated_delta_rule import gated_delta_rule
 from fwpkm.ops.key_commit import key_commit
 from fwpkm.ops.log_read import PagedLog, log_read
@@ -20,6 +23,7 @@ __all__ = [
     "PagedLog",
     "gated_delta_rule",
     "implementation",
+    "keep_addresses",
     "key_commit",
     "log_read",
     "memory_read",

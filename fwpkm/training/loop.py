@@ -129,8 +129,7 @@ class _Training:
         self.tokens, self.settings, self.accelerator, self.model = tokens, settings, accelerator, model
         self.share = slice(accelerator.process_index, None, count)  # rows of this process
         if settings.gradient_checkpointing:
-            renamed = hasattr(model, "activation_checkpointing_enable")  # by transformers, on the way
-            (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
+            model.checkpoint_blocks()
         self.spread = processes.spread(model, accelerator, fsdp)
         rates = settings.learning_rate, settings.weight_decay, settings.memory_learning_rate
         self.optimizer = torch.optim.AdamW(parameter_groups(model, *rates), betas=(0.9, 0.95))

@@ -27,7 +27,7 @@ class TrainingSettings:
             initial values and ``slow`` keys (:func:`fwpkm.training.optimizer.parameter_groups`).
         clip: norm that gradients are cut to.
         precision: ``"no"``: float32; ``"bf16"``: bfloat16 autocast. Weights, optimizer and memories are float32.
-        gradient_checkpointing: keep no activations within blocks, and compute them again in the backward.
+        gradient_checkpointing: of what blocks compute keep addresses, and the rest again in the backward.
         seed: draws the sequences, and whatever else is random in a step.
         save_every: steps between checkpoints; there is one at the end, too.
         evaluate_every: steps between evaluations on held-out text; there is one at the end, too.

@@ -1,14 +1,16 @@
 """A whole language model in one graph: any length and batch, eager's numbers, memories written in place."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwpkm.compile import compile_model
+from fwpkm.compile import audit, compile_model
 from fwpkm.compile.measure import peak_bytes
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 
@@ -152,10 +154,13 @@ def test_generated_code_is_eagers_and_copies_no_values():
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("chunks", [2, 8])
-def test_backward_keeps_one_table_of_rows(chunks):
+def test_backward_keeps_one_table_of_rows(chunks, checkpointed):
     """Of the rows that a scan reads its backward gets one version, not a gather for each chunk or operator."""
     model = make(num_hidden_layers=1, layer_types=["sliding_attention"], pkm_layers=[], fwpkm_topk=5).train()
+    if checkpointed:
+        model.checkpoint_blocks()
     compiled, sizes = torch.compile(model, fullgraph=True, backend="aot_eager"), []
 
     def note(x: torch.Tensor) -> torch.Tensor:
@@ -166,17 +171,40 @@ def test_backward_keeps_one_table_of_rows(chunks):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         compiled(input_ids=ids, labels=ids)
     width, rows = model.memories()[0].values.shape[1], ids.numel() * 5
-    assert [x for x in sizes if x[-1:] == (width,) and torch.Size(x).numel() >= rows * width] == [(rows, width)]
+    of_rows = [x for x in sizes if x[-1:] == (width,) and x[0] >= rows and x != model.memories()[0].values.shape]
+    assert of_rows == ([] if checkpointed else [(rows, width)])
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.unpoisoned
-def test_checkpointed_activations_in_a_graph():
-    model = make(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, fwpkm_layers=[0], pkm_layers=[]).train()
-    eager = copy.deepcopy(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    loss, grads = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model, tokens(2, 33))
-    want, want_grads = step(eager, eager, tokens(2, 33))
+@pytest.mark.parametrize("key_update", ["fast", "slow"])
+def test_checkpointed_blocks(key_update):
+    """They look for addresses once and scan twice, in a graph and without; nothing else changes."""
+    model = make(fwpkm_key_update=key_update, pkm_layers=[]).train()
+    eager, ids = copy.deepcopy(model), tokens(2, 33)
+    model.checkpoint_blocks()
+    address = "product_key_scan" if key_update == "fast" else "product_key_address"
+    with Calls() as calls:
+        step(model, model, ids)
+    assert calls.counts[f"fwpkm::{address}"] == 1
+    assert calls.counts["fwpkm::memory_scan"] == 2
+    graphs = {x.phase: x.operators for x in audit(model, [{"input_ids": ids, "labels": ids}], training=True).graphs}
+    assert graphs["forward"] == {f"fwpkm::{address}": 1, "fwpkm::memory_scan": 1}
+    assert f"fwpkm::{address}" not in graphs["backward"]
+    assert graphs["backward"]["fwpkm::memory_scan"] == 1
+    loss, grads = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model, ids)
+    want, want_grads = step(eager, eager, ids)
     assert_close(loss, want)
     for name, grad in grads.items():
         assert_close(grad, want_grads[name], rtol=1e-4, atol=1e-5)
