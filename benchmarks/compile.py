@@ -26,10 +26,13 @@ from benchmarks.check import TOLERANCE, compare
 from benchmarks.language_model import Size
 from fwpkm.cli.console import console
 from fwpkm.compile import compile_model
+from fwpkm.compile.measure import peak_bytes
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
-SECTIONS = ("step", "paper", "start", "calls", "decode", "overhead")
+SECTIONS = ("step", "paper", "checkpoint", "start", "calls", "decode", "overhead")
+
+KEPT = ("everything", "addresses", "nothing")
 
 GOAL = Size()
 PAPER = Size(n_subkeys=512, key_dim=512, value_dim=512)
@@ -95,10 +98,11 @@ def run(settings: Settings, sections: Sequence[str], out: Path) -> None:
     measures = {
         "step": lambda: step(settings.size, settings.repeats, (None, "slow", "fast")),
         "paper": lambda: step(settings.paper, settings.paper_repeats, (None, "slow")),
+        "checkpoint": lambda: checkpoint(settings.size, settings.paper_repeats),
         "start": lambda: start(settings.size),
         "calls": lambda: calls(settings.size, settings.lengths),
         "decode": lambda: decode(settings),
-        "overhead": lambda: overhead.measure(settings.overhead_repeats, settings.overhead_calls),
+        "overhead": lambda: overhead.measure_apart(settings.overhead_repeats, settings.overhead_calls),
     }
     running.measure_into(out, {name: measures[name] for name in SECTIONS if name in sections}, "benchmarks.compile")
 
@@ -139,6 +143,31 @@ def _named(kind: str | None) -> str:
 
 def _step_run(call: Any, model: FwPKMForCausalLM, ids: Tensor) -> timing.Run:
     return lambda: lm.step(call, model, ids)
+
+
+def checkpoint(size: Size, repeats: int) -> list[Results]:
+    """A compiled training step that keeps all activations, addresses only, or none within blocks: time and memory."""
+    torch.compiler.reset()
+    runs: dict[str, timing.Run] = {}
+    for kept in KEPT:
+        model = lm.make(size, "slow").train()
+        if kept == "addresses":
+            model.checkpoint_blocks()
+        elif kept == "nothing":
+            model.activation_checkpointing_enable()
+        compiled = _compiled(model)
+        ids = lm.draw(size, 0)
+        lm.check_step(f"step that keeps {kept}", compiled, model, ids, TOLERANCE)
+        runs[kept] = _step_run(compiled, model, ids)
+    seconds = timing.interleaved(runs, repeats)
+    everything = statistics.median(seconds["everything"])
+    device = torch.device("cpu")
+    return [
+        {"kept": kept, "bytes": peak_bytes(run, device)}
+        | timing.summary(seconds[kept])
+        | {"over_everything": statistics.median(seconds[kept]) / everything}
+        for kept, run in runs.items()
+    ]
 
 
 def start(size: Size) -> list[Results]:

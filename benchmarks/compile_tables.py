@@ -28,6 +28,17 @@ def step(section: Results) -> str:
     )
 
 
+def checkpoint(section: Results) -> str:
+    """Steps that keep more or less for the backward."""
+    names = {"everything": "everything", "addresses": "addresses (`checkpoint_blocks`)", "nothing": "nothing"}
+    lines = [
+        [names[row["kept"]], f"{row['bytes'] / 1e6:,.0f} MB", time_of(row), f"{row['over_everything']:.2f}×"]
+        for row in section["result"]
+    ]
+    head = ["Kept within blocks", "Peak memory", "Step", "over everything"]
+    return table(head, lines, "lrrr") + f"\n{measured_on(section)}.\n"
+
+
 def start(section: Results) -> str:
     """The first step of a process."""
     lines = [
@@ -65,18 +76,22 @@ def decode(section: Results) -> str:
 
 def overhead(section: Results) -> str:
     """Microseconds a call."""
-    columns = ("direct", "call", "overhead", "inference_overhead", "recorded_overhead")
+    columns = ("overhead_alone", "inference_overhead_alone", "overhead", "inference_overhead", "recorded_overhead")
     lines = [
-        [f"`{row['name']}`", *(MISSING if key not in row else f"{decimal(row[key])} µs" for key in columns)]
+        [
+            f"`{row['name']}`",
+            *(MISSING if key not in row else f"{decimal(row[key])} µs" for key in ("direct", *columns)),
+        ]
         for row in section["result"]
     ]
-    head = ["Operator", "Implementation", "Call", "Overhead", "In inference mode", "Recording gradients"]
-    return table(head, lines, "lrrrrr") + f"\n{measured_on(section)}.\n"
+    head = ["Operator", "Implementation", "Alone", "… inference", "With it", "… inference", "… recording gradients"]
+    return table(head, lines, "lrrrrrr") + f"\n{measured_on(section)}.\n"
 
 
 TABLES: dict[str, Make] = {
     "step": of("step", step),
     "paper": of("paper", step),
+    "checkpoint": of("checkpoint", checkpoint),
     "start": of("start", start),
     "calls": of("calls", calls),
     "decode": of("decode", decode),

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import typer
@@ -195,17 +195,9 @@ def _measure(case: Case, settings: Settings, device: torch.device, clock: Clock)
     return rows
 
 
-@contextmanager
-def composition() -> Iterator[None]:
+def composition() -> AbstractContextManager[object]:
     """Operators run as compositions of ATen calls, in float64 too."""
-    before = os.environ.get("FWPKM_IMPL")
-    os.environ["FWPKM_IMPL"] = "reference"
-    try:
-        yield
-    finally:
-        del os.environ["FWPKM_IMPL"]
-        if before is not None:
-            os.environ["FWPKM_IMPL"] = before
+    return patch("fwpkm.ops._implementation.FORCED", "reference")
 
 
 def operator_subjects(case: Case, inputs: Inputs) -> dict[str, Subject]:

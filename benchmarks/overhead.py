@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from benchmarks import timing
 from benchmarks.check import WrongResultError
 from fwpkm import ops
+from fwpkm.ops._library import refuse_gradients, register, register_backward
 
 Call = Callable[[bool], object]  # of a public operator, with inputs that require gradients or not
 
@@ -81,9 +85,25 @@ class _Arguments(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """What the operator is called with, in tensors of its own."""
+    with torch.no_grad(), _Arguments() as mode:
+        call(False)
+    (args,) = mode.found
+    return _cloned(args)
+
+
+def _cloned(tree: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"fwpkm.ops.{name.removesuffix('_')}")
+
+
 def implementation(name: str) -> Callable[..., Any]:
     """What computes an operator on the CPU."""
-    found: Callable[..., Any] = import_module(f"fwpkm.ops.{name.removesuffix('_')}")._cpu
+    found: Callable[..., Any] = _module(name)._cpu
     return found
 
 
@@ -93,30 +113,57 @@ def direct(name: str, call: Call) -> timing.Run:
     Raises:
         WrongResultError: if the results differ.
     """
-    with torch.no_grad(), _Arguments() as mode:
-        call(False)
-    (args,) = mode.found
-    compute = implementation(name)
-    mine = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)  # an operator may work in place
+    args, compute = _arguments(call), implementation(name)
     with torch.no_grad():
-        expected, result = compute(*mine), call(False)
-    outputs = [mine[0]] if expected is None else tree_flatten(expected)[0]  # one that does returns nothing
+        expected, result = compute(*args), call(False)
+    outputs = [args[0]] if expected is None else tree_flatten(expected)[0]  # one that does returns nothing
     for x, y in zip(tree_flatten(result)[0], outputs, strict=False):  # the public function may return less
         if not torch.equal(x, y):
             raise WrongResultError(f"{name}: the operator's result is not its implementation's")
     return lambda: compute(*args)
 
 
-def measure(repeats: int, count: int) -> list[dict[str, Any]]:
+def idle(name: str, call: Call) -> tuple[Any, timing.Run]:
+    """An operator registered as ``name`` is, which does nothing but copy a ready result; and that copy by itself."""
+    module = _module(name)
+    with torch.no_grad():
+        found = module._operator(*_arguments(call))
+
+    def copy(*_: Any) -> Any:
+        return _cloned(found)
+
+    operator = register(str(module._operator._schema).replace("fwpkm::", "idle_"), copy, "", module._fake, copy)
+    if name == "memory_write_":
+        refuse_gradients(operator, copy)
+    else:
+        register_backward(operator, copy, module._setup_context, copy)
+    return operator, copy
+
+
+def measure_apart(repeats: int, count: int) -> list[dict[str, Any]]:
+    """:func:`measure` in a process of its own, which it leaves with operators that compute nothing."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, repeats, count, torch.get_num_threads()).result()
+
+
+def measure(repeats: int, count: int, threads: int) -> list[dict[str, Any]]:
     """Microseconds a call, medians of ``repeats`` interleaved loops of ``count`` calls.
 
     The overhead is that of the public function over its implementation, in the loops next to each other: without
-    gradients, in inference mode (where the operator skips autograd), and with gradients recorded.
+    gradients, in inference mode (where the operator skips autograd), and with gradients recorded. "Alone" it is that
+    over an implementation which only copies a ready result, so that nothing else comes into the processor's caches.
     """
+    torch.set_num_threads(threads)
     rows = []
     for name, call in calls().items():
         without, compute = partial(call, False), direct(name, call)
+        operator, copy = idle(name, call)
+        alone = patch.object(_module(name), "_operator", operator)
         runs = {
+            "copy": _loop(copy, count, torch.no_grad),
+            "alone": _loop(without, count, torch.no_grad, alone),
+            "copy_inference": _loop(copy, count, torch.inference_mode),
+            "alone_inference": _loop(without, count, torch.inference_mode, alone),
             "direct": _loop(compute, count, torch.no_grad),
             "call": _loop(without, count, torch.no_grad),
             "direct_inference": _loop(compute, count, torch.inference_mode),
@@ -126,6 +173,8 @@ def measure(repeats: int, count: int) -> list[dict[str, Any]]:
             runs["recorded"] = _loop(partial(call, True), count, torch.enable_grad)
         seconds = {key: [x / count for x in found] for key, found in timing.interleaved(runs, repeats).items()}
         row: dict[str, Any] = {"name": name} | {key: 1e6 * statistics.median(x) for key, x in seconds.items()}
+        row["overhead_alone"] = _median_difference(seconds["alone"], seconds["copy"])
+        row["inference_overhead_alone"] = _median_difference(seconds["alone_inference"], seconds["copy_inference"])
         row["overhead"] = _median_difference(seconds["call"], seconds["direct"])
         row["inference_overhead"] = _median_difference(seconds["inference"], seconds["direct_inference"])
         if "recorded" in seconds:
@@ -134,9 +183,14 @@ def measure(repeats: int, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _loop(run: timing.Run, count: int, mode: Callable[[], AbstractContextManager[Any]]) -> timing.Run:
+def _loop(
+    run: timing.Run,
+    count: int,
+    mode: Callable[[], AbstractContextManager[Any]],
+    within: AbstractContextManager[Any] | None = None,
+) -> timing.Run:
     def loop() -> None:
-        with mode():
+        with mode(), within or nullcontext():
             for _ in range(count):
                 run()
 

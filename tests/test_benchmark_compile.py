@@ -58,6 +58,8 @@ def test_every_table_is_made_of_a_run(tmp_path):
         assert row["over_eager"] == pytest.approx(row["seconds"] / eager["seconds"])
     assert max(x["error"] for x in results["step"]["result"]["errors"].values()) < 1e-4
 
+    everything, addresses, nothing = results["checkpoint"]["result"]
+    assert everything["bytes"] > addresses["bytes"] >= nothing["bytes"]
     short, long = results["calls"]["result"]
     for name in ("memory_scan", "memory_scan_backward"):
         assert short["operators"][f"fwpkm::{name}"] == 1
@@ -67,6 +69,7 @@ def test_every_table_is_made_of_a_run(tmp_path):
     assert 0 < sum(short["shares"].values()) < 1
     assert [row["context"] for row in results["decode"]["result"]] == [32, 64]
     assert {row["name"] for row in results["overhead"]["result"]} == overhead.calls().keys()
+    assert all(row["overhead_alone"] > 1 for row in results["overhead"]["result"])
 
     text = tables.everything("compile", results)
     for name in ("| Compiled |", "keys `fast`", "cold", "T = 64", "Over the first", "`memory_write_`", "µs"):

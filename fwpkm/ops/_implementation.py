@@ -1,6 +1,9 @@
 """Which implementation an operator runs: ATen compositions (``reference``) on CPU tensors, Triton kernels on CUDA ones.
 
 ``FWPKM_IMPL=reference|triton`` forces one, to find out which of them is wrong; nothing falls back by itself.
+
+Environment variables are read once, when this module is imported: between other work a look at ``os.environ`` takes
+about 10 µs, more than all else that is done here.
 """
 
 import os
@@ -14,11 +17,14 @@ import torch
 
 from fwpkm.checks import require
 
+FORCED = os.environ.get("FWPKM_IMPL", "")
+CHECKED = os.environ.get("FWPKM_CHECK", "")
+
 _DEFAULTS = {"cpu": "reference", "cuda": "triton"}
 
 
 def implementation(device: torch.device | str) -> str:
-    """``"reference"`` or ``"triton"``: what every operator runs for tensors on ``device``, as things are now.
+    """``"reference"`` or ``"triton"``: what every operator runs for tensors on ``device``.
 
     Raises:
         ValueError: for a device or a value of ``FWPKM_IMPL`` that there is no implementation for.
@@ -31,12 +37,9 @@ def implementation(device: torch.device | str) -> str:
 
 def implementation_on(kind: str) -> str:
     """The same for a type of device that is known to be good; it is asked at every call of an operator."""
-    forced = os.environ.get("FWPKM_IMPL")
-    if not forced:
-        chosen = _DEFAULTS[kind]
-    else:
-        require(forced in _DEFAULTS.values(), "FWPKM_IMPL", repr(forced), "'reference' or 'triton'")
-        chosen = forced
+    if FORCED and FORCED not in _DEFAULTS.values():
+        require(False, "FWPKM_IMPL", repr(FORCED), "'reference' or 'triton'")
+    chosen = FORCED or _DEFAULTS[kind]
     if chosen == "triton":
         _require_triton(kind)
     return chosen
@@ -44,9 +47,8 @@ def implementation_on(kind: str) -> str:
 
 def checks_values() -> bool:
     """Whether Triton implementations check slots and look for NaN (``FWPKM_CHECK=1``), which waits for the GPU."""
-    asked = os.environ.get("FWPKM_CHECK", "")
-    require(asked in ("", "0", "1"), "FWPKM_CHECK", repr(asked), "'0' or '1'")
-    return asked == "1"
+    require(CHECKED in ("", "0", "1"), "FWPKM_CHECK", repr(CHECKED), "'0' or '1'")
+    return CHECKED == "1"
 
 
 @cache

@@ -43,6 +43,7 @@ def broken(monkeypatch):
 def test_environment(monkeypatch):
     monkeypatch.setenv("FWPKM_CHECK", "1")
     monkeypatch.delenv("FWPKM_IMPL", raising=False)
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "")
     monkeypatch.setenv("CXX", "no-such-compiler")
     module = sys.modules["fwpkm.compile.environment"]  # the package has a function of that name
     monkeypatch.setattr(module, "PACKAGES", ("torch", "transformers", "no-such-package"))
@@ -99,7 +100,7 @@ def test_collect_env(capsys):
 
 
 def test_an_implementation_that_cannot_run_is_said(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "fast")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "fast")
     assert "FWPKM_IMPL is 'fast'; expected 'reference' or 'triton'" in environment().implementations["cpu"]
 
 

@@ -16,7 +16,7 @@ in_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
 
 
 def of_queries(draw: Draw) -> dict[str, Case]:
@@ -70,7 +70,7 @@ def test_as_the_cpu_operator(kind, dtype, monkeypatch):
         else halved("memory_read", "weights", dtype)(draw, P)
     )
     have, grads = results(case)
-    monkeypatch.setenv("FWPKM_IMPL", "reference")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "reference")
     want, wide_grads = results(case)
     for a, b in zip((*have, *grads), (*want, *wide_grads), strict=True):
         assert a.dtype == b.dtype

@@ -77,7 +77,7 @@ def test_backward(gaps, score, **sizes):
 @pytest.mark.parametrize("score", ["idw", "dot"])
 def test_total_derivative(score, monkeypatch):
     """Registered operators one after the other: the derivative of a commit goes through the sub-scores too."""
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
     (query, keys, _, _, mask), grad = draw_inputs(3, 2, 5, 2, 5, 4, score, True, False)
     narrow = [query.requires_grad_(), keys.requires_grad_()]
     _, _, sub_scores, sub_slots = ops.product_key_address(*narrow, 3, score, EPS)

@@ -13,7 +13,7 @@ from tests.paged import Requests, plain_read
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
 
 
 def assert_read(requests: Requests) -> None:
@@ -146,7 +146,7 @@ def test_values_are_checked_when_asked(interpreted, monkeypatch):
     have = requests.read(block_table=wrong["block_table"][0])
     assert torch.equal(have, requests.read(**without_records))
     assert not torch.equal(have, want)
-    monkeypatch.setenv("FWPKM_CHECK", "1")
+    monkeypatch.setattr("fwpkm.ops._implementation.CHECKED", "1")
     assert torch.equal(requests.read(), want)
     for name, (argument, message) in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from tests.draws import Draw, seeds, strided
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
 
 
 @given(seed=seeds, n=st.integers(1, 6), shape=st.sampled_from([(), (0,), (3,), (2, 0), (2, 2)]),
@@ -70,7 +70,7 @@ def test_autograd_and_transforms(interpreted, monkeypatch):
         return [*eager, *samples]
 
     have = gradients()
-    monkeypatch.delenv("FWPKM_IMPL")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "")
     for a, b in zip(have, gradients(), strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -85,14 +85,14 @@ def test_values_are_checked_when_asked(interpreted, monkeypatch):
     """Otherwise a slot outside the values reads nothing."""
     values, slots, weights = torch.ones(3, 2), torch.tensor([[1, 3]]), torch.ones(1, 2)
     assert ops.memory_read(values, slots, weights).tolist() == [[1.0, 1.0]]
-    monkeypatch.setenv("FWPKM_CHECK", "1")
+    monkeypatch.setattr("fwpkm.ops._implementation.CHECKED", "1")
     with pytest.raises(ValueError, match=r"slots is in \[1, 3\]; expected slots in \[0, 3\)"):
         ops.memory_read(values, slots, weights)
     with pytest.raises(ValueError, match="weights holds NaN; expected numbers"):
         ops.memory_read(values, slots.clamp(max=2), weights * torch.nan)
-    monkeypatch.setenv("FWPKM_CHECK", "0")
+    monkeypatch.setattr("fwpkm.ops._implementation.CHECKED", "0")
     ops.memory_read(values, slots, weights)
-    monkeypatch.setenv("FWPKM_CHECK", "yes")
+    monkeypatch.setattr("fwpkm.ops._implementation.CHECKED", "yes")
     with pytest.raises(ValueError, match="FWPKM_CHECK is 'yes'; expected '0' or '1'"):
         ops.memory_read(values, slots, weights)
 

@@ -268,14 +268,14 @@ def test_each_sample_of_a_batch(own_values, monkeypatch):
         torch.func.grad(total, tuple(map(names.index, sought))), (0 if own_values else None, *[0] * (len(names) - 1))
     )
     want = gradients(*batch)
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
     for name, have, wanted in zip(sought, gradients(*batch), want, strict=True):
         assert_close(have, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad, monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
     draw = Draw(7)
     named = draw_scan(draw, Size(1, 2, 2, 2, 4, 3, records=4, n_sequences=2, cut=True))
     for name in ("log_coefficients", "log_residuals"):

@@ -13,7 +13,7 @@ from tests.draws import Draw, seeds, strided
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
 
 
 @given(seed=seeds, n=st.integers(1, 9), tokens=st.integers(0, 8), fanout=st.integers(1, 5), width=st.integers(1, 40),
@@ -49,7 +49,7 @@ def test_in_place_and_for_each_sample(interpreted, monkeypatch):
     stacked = torch.stack([values, values + 1])
     assert ops.memory_write_(values, *others) is values
     torch.func.vmap(lambda v: ops.memory_write_(v, *others))(stacked)
-    monkeypatch.delenv("FWPKM_IMPL")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "")
     want = ops.memory_write_(arguments(5)[0], *others)
     assert_close(values, want)
     assert_close(stacked, torch.stack([want, want + 1]))
@@ -84,7 +84,7 @@ def test_slots_are_checked_when_asked(interpreted, monkeypatch):
     )
     ops.memory_write_(values, slots, coefficients, residuals)
     assert values.tolist() == [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
-    monkeypatch.setenv("FWPKM_CHECK", "1")
+    monkeypatch.setattr("fwpkm.ops._implementation.CHECKED", "1")
     with pytest.raises(ValueError, match=r"slots is in \[1, 3\]; expected slots in \[0, 3\)"):
         ops.memory_write_(values, slots, coefficients, residuals)
 

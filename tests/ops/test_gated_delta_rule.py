@@ -188,7 +188,7 @@ def flash_linear_attention(monkeypatch):
 @pytest.fixture
 def kernels(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 

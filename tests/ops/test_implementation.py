@@ -1,5 +1,6 @@
 """Which implementation runs where, and what is said where none can."""
 
+import os
 import subprocess
 import sys
 
@@ -16,12 +17,13 @@ VALUES, SLOTS, WEIGHTS = torch.randn(9, 3), torch.zeros(4, 2, dtype=torch.int64)
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in ("FWPKM_IMPL", "FWPKM_CHECK", "TRITON_INTERPRET"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("FORCED", "CHECKED"):
+        monkeypatch.setattr(f"fwpkm.ops._implementation.{name}", "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 WITHOUT_TRITON = """
-import os, sys
+import sys
 sys.modules["triton"] = None
 import torch
 from fwpkm import ops
@@ -30,8 +32,7 @@ try:
     ops.implementation("cuda")
 except RuntimeError as error:
     print(error)
-os.environ["FWPKM_IMPL"] = "reference"
-print(ops.implementation("cuda"), "fwpkm.ops.kernels" in sys.modules)
+print("fwpkm.ops.kernels" in sys.modules)
 """
 
 
@@ -43,15 +44,23 @@ def test_without_triton():
     assert total == "3.0"
     for words in ("Triton is not installed", "pip install 'triton", "FWPKM_IMPL=reference"):
         assert words in message
-    assert last == "reference False"
+    assert last == "False"
+
+
+def test_what_the_environment_says():
+    """It is read when the operators are imported."""
+    script = "from fwpkm import ops; print(ops.implementation('cuda'), ops._implementation.checks_values())"
+    said = os.environ | {"FWPKM_IMPL": "reference", "FWPKM_CHECK": "1"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=said, check=True)
+    assert result.stdout == "reference True\n"
 
 
 def test_each_device_has_its_implementation(monkeypatch):
     assert ops.implementation("cpu") == "reference"
     assert ops.implementation(torch.device("cpu")) == "reference"
-    monkeypatch.setenv("FWPKM_IMPL", "")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "")
     assert ops.implementation("cpu") == "reference"
-    monkeypatch.setenv("FWPKM_IMPL", "reference")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "reference")
     assert ops.implementation("cuda:1") == ops.implementation("cpu") == "reference"
     with pytest.raises(ValueError, match="device is mps; expected a CPU or CUDA device"):
         ops.implementation("mps")
@@ -60,7 +69,7 @@ def test_each_device_has_its_implementation(monkeypatch):
 def test_kernels_are_for_cuda(monkeypatch):
     pytest.importorskip("triton")
     assert ops.implementation("cuda") == "triton"
-    monkeypatch.setenv("FWPKM_IMPL", "triton")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "triton")
     assert ops.implementation("cuda") == "triton"
     with pytest.raises(RuntimeError, match="on the CPU, where kernels are only interpreted: set TRITON_INTERPRET=1"):
         ops.memory_read(VALUES, SLOTS, WEIGHTS)
@@ -69,7 +78,7 @@ def test_kernels_are_for_cuda(monkeypatch):
 
 
 def test_an_unknown_implementation_is_an_error(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "cuda")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "cuda")
     message = "FWPKM_IMPL is 'cuda'; expected 'reference' or 'triton'"
     with pytest.raises(ValueError, match=message):
         ops.implementation("cpu")
@@ -88,7 +97,7 @@ def test_every_operator_has_both():
 
 @pytest.mark.gpu
 def test_reference_on_a_gpu(monkeypatch):
-    monkeypatch.setenv("FWPKM_IMPL", "reference")
+    monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "reference")
     have = ops.memory_read(VALUES.cuda(), SLOTS.cuda(), WEIGHTS.cuda())
     torch.testing.assert_close(have.cpu(), ops.memory_read(VALUES, SLOTS, WEIGHTS))
 
