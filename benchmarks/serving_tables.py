@@ -46,6 +46,4 @@ def everything(results: Results) -> str:
         rows.append([limit, length_label(row["prompt"]), *sizes, f"{row['error']:.1e}"])
     tables.append(rows)
     made = "\n".join(table(head, lines, "r" * len(head)) for head, *lines in tables)
-    # the committed figures are older than the note of where they were measured
-    where = measured_on(results) if "where" in results else f"torch {results['torch']}, threads: {results['threads']}"
-    return f"{made}\n{where}.\n"
+    return f"{made}\n{measured_on(results)}.\n"

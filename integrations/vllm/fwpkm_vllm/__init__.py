@@ -24,7 +24,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import fwpkm.models  # transformers' Auto classes know the configuration from here on
-    from fwpkm_vllm import sharing
+    from fwpkm_vllm import operator, sharing
     from fwpkm_vllm.options import Options
 
     architecture = fwpkm.models.FwPKMForCausalLM.__name__
@@ -32,6 +32,7 @@ def register() -> None:
         ModelRegistry.register_model(architecture, f"fwpkm_vllm.model:{architecture}")
     MODELS_CONFIG_MAP[architecture] = Options
     sharing.register()
+    operator.split_graphs()
 
 
 def is_tested(version: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -21,6 +22,7 @@ from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.pkm import ProductKeyMemory
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.modeling import memory_layer
+from fwpkm_vllm import operator
 from fwpkm_vllm.pages import MemoryPages
 from fwpkm_vllm.step import serve
 
@@ -44,6 +46,8 @@ class DecoderBlock(nn.Module):
         if index in (config.fwpkm_layers or ()):
             self.memory = memory_layer(config)
             self.pages = MemoryPages(config, vllm_config, f"{prefix}.pages")
+            self.memory_name = f"{prefix}.memory"
+            vllm_config.compilation_config.static_forward_context[self.memory_name] = self
         sliding = (config.layer_types or ())[index] == "sliding_attention"
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = Qwen3Attention(
@@ -73,18 +77,26 @@ class DecoderBlock(nn.Module):
             )
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        if self.memory is not None and self.pages is not None:
-            step = self.pages.step(hidden.shape[0], hidden.device)
-            tokens = step.batch.requests.shape[0]
-            read = serve(self.memory, hidden[:tokens], step)
-            hidden = read if tokens == hidden.shape[0] else torch.cat((read, hidden[tokens:]))  # padding
+        if self.memory is not None:
+            hidden = operator.memory(hidden, self.memory_name)
         hidden = hidden + self.mixer(positions, self.mixer_norm(hidden))
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, ProductKeyMemory):
-            return hidden + self.mlp(normed.unsqueeze(0)).squeeze(0)
+            # A token that is no number stops nobody else's.
+            return hidden + self.mlp(torch.nan_to_num(normed, 0.0).unsqueeze(0)).squeeze(0)
         return hidden + self.mlp(normed)
 
+    def read_and_write(self, out: Tensor, hidden: Tensor) -> None:
+        """The memory on ``hidden [T, D]`` of the current forward, written to ``out``."""
+        assert self.memory is not None
+        assert self.pages is not None
+        step = self.pages.step(hidden.shape[0], hidden.device)
+        tokens = step.batch.requests.shape[0]
+        out[:tokens] = serve(self.memory, hidden[:tokens], step)
+        out[tokens:] = hidden[tokens:]  # padding
 
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class FwPKMForCausalLM(nn.Module):
     """:class:`fwpkm.models.FwPKMForCausalLM` as vLLM runs models; it loads the same checkpoints."""
 

@@ -123,7 +123,8 @@ def serve(memory: FwPKM, hidden: Tensor, step: Step) -> Tensor:
     :meth:`fwpkm.layers.FwPKM.forward` gives for that request alone.
     """
     query_input, gate_input = _inputs(memory, hidden, step)
-    query = memory.query(query_input).unflatten(-1, (memory.heads, -1))
+    # A token that is no number, or too large, finds nothing, and stops nobody else's.
+    query = torch.nan_to_num(memory.query(query_input), 0.0, 0.0, 0.0).unflatten(-1, (memory.heads, -1))
     target = zscore(memory.value(memory.value_norm(hidden)))
     gate = at_least_float32(memory.gate(gate_input)).sigmoid()
     read = read_and_write(memory.keys, memory.values, memory.config, query, target, gate, step)
@@ -173,7 +174,7 @@ def read_and_write(
     """
     batch, log, recent = step.batch, step.log, step.recent
     found = product_key_address(query.unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps)
-    slots, weights = found[1][0].flatten(1), read_weights(found[0], config)[0]
+    slots, weights = found[1][0].flatten(1), torch.nan_to_num(read_weights(found[0], config)[0], 0.0)
     number, start = batch.chunks(config.chunk_size, batch.positions, batch.owners)
     log.write("slots", slots)
     log.write("coefficients", _coefficients(weights, start, config, batch))
