@@ -332,6 +332,92 @@ def test_rows_that_fit_into_no_page_are_refused(tmp_path):
         pass
 
 
+FAST = {"fwpkm_key_update": "fast", "fwpkm_addressing_weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"fwpkm_chunk_size": 32, "fwpkm_heads": 2, "fwpkm_key_dim": 48, "fwpkm_n_subkeys": 25}, {}),
+        ({"fwpkm_chunk_size": 7, "fwpkm_score": "dot", "fwpkm_query_conv": 0}, {"max_num_batched_tokens": 300}),
+        (SHORT, LIMIT),
+    ],
+    ids=["unaligned chunks", "several pages a version", "many chunks a step", "folded logs"],
+)
+def test_keys_that_move(tmp_path, fields, options):
+    """Many requests at once, in pieces of all lengths, with 60 decoded tokens each across chunk boundaries."""
+    model = make(tmp_path, seed=3, **FAST | fields)
+    texts = prompts(1, 2, 900, 33, 64, 19, 20, 21, 150, 100, 300, 7)
+    still = make(tmp_path / "still", seed=3, **FAST | fields | {"fwpkm_key_update": "train_only"})
+    changed = logits(model, texts[2], 100) - logits(still, texts[2], 100)
+    assert changed.abs().max() > 1e-2, "this prompt must be one where moves of keys show"
+    with engine(tmp_path, **options) as llm:
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        check(model, texts, generate(llm, texts, max_tokens=60))
+        check(model, texts[5:6], generate(llm, texts[5:6], max_tokens=25))
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize("chunk_size", [32, 20, 160])
+def test_prefixes_are_shared_where_keys_move(tmp_path, chunk_size):
+    """Wherever blocks of all kinds end, whether or not chunks do, and whole chunks within a step."""
+    model = make(tmp_path, seed=3, **FAST | {"fwpkm_chunk_size": chunk_size})
+    (base,), (other,) = prompts(400), prompts(50, seed=5)
+    hits = []
+    with engine(tmp_path, prefix_cache_retention_interval=None) as llm:
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        check(model, [base], generate(llm, [base], max_tokens=40))
+        for common in (64, 95, 96, 97, 192, 255, 287, 288, 399, 400):
+            text = base[:common] + other
+            results = generate(llm, [text], max_tokens=25)
+            check(model, [text], results)
+            hits.append((common, results[0].num_cached_tokens))
+        texts = [base[:300] + other, base[:300] + other[:20], base]  # side by side
+        check(model, texts, generate(llm, texts, max_tokens=25))
+        texts = prompts(90, 33, seed=9)
+        check(model, texts, generate(llm, texts, max_tokens=25, n=3, temperature=1.0), greedy=False)
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+    assert hits == [(common, common // 96 * 96) for common, _ in hits]
+
+
+@pytest.mark.parametrize("chunk_size", [32, 20])
+def test_requests_with_keys_of_their_own_lose_their_pages(tmp_path, chunk_size):
+    """Preempted while others go on, of which some begin alike."""
+    model = make(tmp_path, seed=3, **FAST | {"fwpkm_chunk_size": chunk_size})
+    texts = prompts(150, 170, 190, 210, 160)
+    texts.append(texts[3][:200] + texts[0])
+    with engine(tmp_path, num_gpu_blocks_override=210, max_num_batched_tokens=256, max_model_len=512) as llm:
+        free = scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+        preempted = []
+        original = scheduler(llm)._preempt_request
+
+        def counting(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return original(request, *args, **kwargs)
+
+        scheduler(llm)._preempt_request = counting
+        for _ in range(2):
+            check(model, texts, generate(llm, texts, max_tokens=120))
+        assert preempted
+        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_it_says_what_moving_keys_take(tmp_path, monkeypatch):
+    from fwpkm_vllm import pages
+
+    said = []
+    monkeypatch.setattr(pages.logger, "info_once", lambda text, *values: said.append(text % values))
+    make(tmp_path, **FAST | {"fwpkm_n_subkeys": 100, "fwpkm_chunk_size": 40})
+    with engine(tmp_path):
+        pass
+    lines = {line.split(":")[0]: line for line in said}
+    # 200 sub-keys of 8 numbers, 256 in a page of attention's 8,192 bytes
+    keys = "a request of 40 tokens or more has 0.008 MB of them a memory layer, in 1 pages (0.002 MB of it padding)"
+    assert keys in lines["Keys that move"]
+    assert "85 bytes a token and memory layer, at most 0.008 MB a request" in lines["Queries of open chunks"]
+
+
 def test_several_samples_of_a_prompt(model):
     """The samples begin in one step, and each needs what the others read of the prompt."""
     texts = prompts(90, 33, 65, 61)
@@ -468,6 +554,15 @@ def test_commit_after_prompt_is_refused_where_logs_are_folded(model):
         CommitAfterPrompt.validate_params(SamplingParams(extra_args={"commit_after_prompt": True}))
 
 
+def test_commit_after_prompt_is_refused_where_keys_move(model):
+    from fwpkm_vllm.commit import CommitAfterPrompt
+
+    options: dict[str, Any] = {"enable_prefix_caching": False, "hf_overrides": {"fwpkm_key_update": "fast"}}
+    EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
+    with pytest.raises(ValueError, match="a model whose keys stay"):
+        CommitAfterPrompt.validate_params(SamplingParams(extra_args={"commit_after_prompt": True}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -478,7 +573,6 @@ def test_commit_after_prompt_is_refused_where_logs_are_folded(model):
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager is True; expected false"),
         ({"additional_config": {"fast_weight_log_limit": 0}}, "fast_weight_log_limit is 0; expected a positive number"),
         ({"additional_config": {"fast_weight_log_limit": "1K"}}, "fast_weight_log_limit is '1K'; expected a positive"),
-        ({"hf_overrides": {"fwpkm_key_update": "fast"}}, "fwpkm_key_update is 'fast'; expected 'slow' or 'train_only'"),
         ({"hf_overrides": {"layer_types": ["linear_attention"] * 3}}, "layer_types is linear_attention; expected"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,4 +1,4 @@
-"""The scenarios of scenarios.py, run once in a process of their own: vLLM binds threads, and patches what it finds."""
+"""Scenarios and bookkeeping, run once in a process of their own: vLLM binds threads, and patches what it finds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from xml.etree import ElementTree
 import pytest
 
 HERE = Path(__file__).parent
-FILE = HERE / "scenarios.py"
+FILES = [HERE / "bookkeeping.py", HERE / "scenarios.py"]
 SCENARIOS = [
-    x.name for x in ast.parse(FILE.read_text()).body if isinstance(x, ast.FunctionDef) and x.name[:5] == "test_"
+    x.name
+    for file in FILES
+    for x in ast.parse(file.read_text()).body
+    if isinstance(x, ast.FunctionDef) and x.name[:5] == "test_"
 ]
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed: pip install fwpkm[vllm]")
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not insta
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What each scenario, with every set of its parameters, complained about; an empty text if nothing."""
     report = tmp_path_factory.mktemp("scenarios") / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(FILE), "--noconftest", "-o", "filterwarnings=default", "-q"]
+    command = [sys.executable, "-m", "pytest", *map(str, FILES), "--noconftest", "-o", "filterwarnings=default", "-q"]
     options = ["-p", "no:cacheprovider", "--disable-warnings", "--show-capture=no", f"--junitxml={report}"]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(

@@ -11,7 +11,9 @@ import pytest
 import torch
 from fwpkm_vllm import step as step_module
 from fwpkm_vllm.folded import Folded
-from fwpkm_vllm.step import Batch, Pages, Step
+from fwpkm_vllm.keys import MovingKeys
+from fwpkm_vllm.paged import Pages, Versions
+from fwpkm_vllm.step import Batch, Step
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -21,22 +23,23 @@ from tests.serving.toy import NOBODY, Server, alone, documents, memory_layer
 LENGTH = 36
 ACTIONS = ("add", "join", "step", "preempt", "abort", "finish")
 # Setups: chunk size, lookahead, width of the convolution, records a page of the log and of recent tokens; rows a page
-# that logs are folded to.
+# that logs are folded to; sub-keys a page, where they move.
 SETUPS = [(4, 1, 3, 5, 3), (5, 2, 0, 2, 4), (3, 0, 4, 4, 4), (7, 1, 2, 3, 2)]
 FOLDING = [(4, 1, 3, 2, 2, 9), (3, 1, 0, 3, 4, 25), (5, 2, 2, 5, 2, 14)]
+MOVING = [(4, 1, 3, 5, 3, None, 4), (5, 2, 0, 2, 4, None, 3), (3, 0, 2, 3, 1, 25, 10)]
 
 
 def prepare(setup: tuple[int, ...]) -> tuple:
     chunk_size, lookahead, query_conv, *_ = setup
-    layer = memory_layer(
-        0, query_conv, chunk_size=chunk_size, lookahead=lookahead, write_scale="exact", learning_rate=0.7
-    )
+    fields = {"chunk_size": chunk_size, "lookahead": lookahead, "write_scale": "exact", "learning_rate": 0.7}
+    layer = memory_layer(0, query_conv, key_update="fast" if setup in MOVING else "train_only", **fields)
     # Documents 1, 2 and 3 part from 0 inside a chunk or page, at the end of one, and after the first token.
     texts = documents(layer, 0, 5, LENGTH, common=(0, 13, 20, 1, 0))
-    return layer, texts, [[alone(layer, text, origin) for origin in (0, 9)] for text in texts]
+    origins = (0,) if setup in MOVING else (0, 9)
+    return layer, texts, [[alone(layer, text, origin) for origin in origins] for text in texts]
 
 
-PREPARED = {setup: prepare(setup) for setup in SETUPS + FOLDING}
+PREPARED = {setup: prepare(setup) for setup in SETUPS + FOLDING + MOVING}
 
 
 class Serving(RuleBasedStateMachine):
@@ -45,7 +48,7 @@ class Serving(RuleBasedStateMachine):
     setups: ClassVar = SETUPS
     pairs: ClassVar[Counter[tuple[str, str]]] = Counter()  # which action followed which
     compared = 0
-    versions = 0  # of folded rows that were made
+    versions = 0  # of folded rows or of keys that were made
     reused = 0  # blocks that had belonged to somebody else before
 
     @initialize(data=st.data())
@@ -63,7 +66,7 @@ class Serving(RuleBasedStateMachine):
 
     @rule(document=st.integers(0, 4), length=st.integers(1, LENGTH), early=st.booleans())
     def add(self, document: int, length: int, early: bool) -> None:
-        self.server.add(document, length, 9 if early and not self.server.stretch else 0)
+        self.server.add(document, length, 9 if early and not self.server.versions else 0)
         self.did("add")
 
     @precondition(lambda self: self.server.requests)
@@ -94,8 +97,8 @@ class Serving(RuleBasedStateMachine):
             expected = self.expected[document][origin > 0][first:end]
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
             Serving.compared += 1
-            if self.server.stretch:
-                Serving.versions += end // self.server.stretch - first // self.server.stretch
+            for stretch, _ in self.server.versions.values():
+                Serving.versions += end // stretch - first // stretch
         self.did("step")
 
     def run(self, pieces: list, padding: int) -> list[torch.Tensor]:
@@ -133,7 +136,13 @@ class Folding(Serving):
     setups = FOLDING
 
 
-@pytest.mark.parametrize("machine", [Serving, Folding])
+class Moving(Serving):
+    """The same with keys that move, once with logs that are folded too."""
+
+    setups = MOVING
+
+
+@pytest.mark.parametrize("machine", [Serving, Folding, Moving])
 def test_what_a_request_gets_depends_on_nobody_else(machine):
     Serving.pairs.clear()
     Serving.compared = Serving.reused = Serving.versions = 0
@@ -141,7 +150,7 @@ def test_what_a_request_gets_depends_on_nobody_else(machine):
     run(machine, max_examples=examples)
     assert Serving.compared > 5 * examples
     assert Serving.reused > examples
-    assert (Serving.versions > examples // 4) == (machine is Folding)
+    assert (Serving.versions > examples // 4) == (machine is not Serving)
     if examples >= 160:
         assert set(Serving.pairs) == set(itertools.product(ACTIONS, ACTIONS)), "a pair of actions never happened"
     if examples >= 1200:
@@ -192,7 +201,10 @@ class WrongRows(Faulty):
 
     def change(self, step: Step) -> Step:
         assert step.folded is not None
-        return with_tables(step, next_row, "folded") if not step.folded.due else step
+        if step.folded.due:
+            return step
+        versions = dataclasses.replace(step.folded.versions, table=next_row(step.folded.versions.table))
+        return dataclasses.replace(step, folded=dataclasses.replace(step.folded, versions=versions))
 
 
 class MissingReset(Serving):
@@ -230,7 +242,37 @@ class LateRows(Faulty):
         return dataclasses.replace(step, folded=dataclasses.replace(step.folded, due=[]))
 
 
-@pytest.mark.parametrize("machine", [WrongBlock, WrongRows, LateRows, MissingReset, StalePage])
+class WrongKeys(Faulty):
+    """The keys of two requests are confused."""
+
+    setups = MOVING
+
+    def change(self, step: Step) -> Step:
+        assert step.keys is not None
+        versions = dataclasses.replace(step.keys.versions, table=next_row(step.keys.versions.table))
+        return dataclasses.replace(step, keys=dataclasses.replace(step.keys, versions=versions))
+
+
+class LateKeys(Faulty):
+    """Commits make no keys: the version that was to be read is not there."""
+
+    setups = MOVING
+
+    def change(self, step: Step) -> Step:
+        assert step.keys is not None
+        parts = [part._replace(completes=False) for part in step.keys.parts]
+        return dataclasses.replace(step, keys=dataclasses.replace(step.keys, parts=parts))
+
+
+class StaleKeys(StalePage):
+    """A preempted request keeps using the pages that were taken from it, those of its keys and queries too."""
+
+    setups = MOVING
+
+
+@pytest.mark.parametrize(
+    "machine", [WrongBlock, WrongRows, LateRows, WrongKeys, LateKeys, MissingReset, StalePage, StaleKeys]
+)
 def test_faults_of_the_server_are_noticed(machine):
     expect_failure(machine)
 
@@ -255,12 +297,23 @@ def _begins_with_the_first_record(self: Folded, computed):
 
 def _forgets_what_was_folded_before(self: Folded, request, version, *records):
     if version > 1:
-        self.rows[self._blocks(request, version - 1)] = 0
+        before = slice((version - 2) * self.versions.pages, (version - 1) * self.versions.pages)
+        self.versions.rows[self.versions.table[request, before].long()] = 0
     MAKE(self, request, version, *records)
 
 
+def _gets_the_version_before(self: Versions, requests, versions, count):
+    return GET(self, requests, (versions - 1).clamp_min(1), count)
+
+
+def _commits_this_step_s_queries_alone(self: MovingKeys, part, query, config):
+    chunk = CHUNK(self, part, query, config).clone()
+    chunk[:, : -part.tokens.shape[1]] = query[part.tokens[:, :1]]
+    return chunk
+
+
 CHUNKS, READ, WRITE = Batch.chunks, Pages.read, Pages.write
-MAKE = Folded.make
+MAKE, GET, CHUNK = Folded.make, Versions.get, MovingKeys._chunk
 
 
 @pytest.mark.parametrize(
@@ -270,9 +323,19 @@ MAKE = Folded.make
         (Pages, "write", _writes_what_is_not_its_own),
         (Folded, "covered", _begins_with_the_first_record),
         (Folded, "make", _forgets_what_was_folded_before),
+        (Versions, "get", _gets_the_version_before),
+        (MovingKeys, "_chunk", _commits_this_step_s_queries_alone),
         (step_module, "relative_write_scale", lambda config, length: torch.ones_like(length)),
     ],
-    ids=["open chunk", "other rounds' records", "folded records", "older rows", "short chunk"],
+    ids=[
+        "open chunk",
+        "other rounds' records",
+        "folded records",
+        "older rows",
+        "older keys",
+        "open queries",
+        "short chunk",
+    ],
 )
 def test_faults_of_the_layer_are_noticed(monkeypatch, owner, name, fault):
     monkeypatch.setattr(owner, name, fault)
@@ -286,4 +349,4 @@ def test_faults_of_the_layer_are_noticed(monkeypatch, owner, name, fault):
         with pytest.raises(AssertionError):
             torch.testing.assert_close(out, alone(layer, text, 10), rtol=1e-4, atol=1e-4)
         return
-    expect_failure(Folding if owner is Folded else Serving)
+    expect_failure({Folded: Folding, Versions: Moving, MovingKeys: Moving}.get(owner, Serving))

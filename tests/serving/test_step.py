@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fwpkm_vllm.keys import TOGETHER, parts
 from fwpkm_vllm.records import MOST, Field, Layout, log_layout, stretch, tokens_per_page
 from fwpkm_vllm.step import Batch, Step, serve
 from hypothesis import given
@@ -23,11 +24,11 @@ LENGTH = 40
     write_scale=st.sampled_from(["reference", "paper", "exact"]),
     nonlinearity=st.sampled_from(["softmax", "relu"]),
     pages=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    origins=st.booleans(),
+    variant=st.sampled_from(["train_only", "fast", "early commits"]),
     data=st.data(),
 )
 def test_any_cut_into_steps_gives_what_the_layer_gives(
-    seed, query_conv, heads, lookahead, chunk_size, write_scale, nonlinearity, pages, origins, data
+    seed, query_conv, heads, lookahead, chunk_size, write_scale, nonlinearity, pages, variant, data
 ):
     layer = memory_layer(
         seed,
@@ -38,11 +39,12 @@ def test_any_cut_into_steps_gives_what_the_layer_gives(
         write_scale=write_scale,
         nonlinearity=nonlinearity,
         learning_rate=0.5,
+        key_update="fast" if variant == "fast" else "train_only",
     )
     texts = documents(layer, seed, 3, LENGTH)
-    server = Server(layer, texts, *pages, blocks=150)
-    early = [data.draw(st.integers(0, LENGTH // 2)) if origins else 0 for _ in texts]
-    requests = [server.add(i, LENGTH, early[i]) for i in range(3)]
+    server = Server(layer, texts, *pages, key_rows=data.draw(st.integers(1, 25)), blocks=150)
+    origins = [data.draw(st.integers(0, LENGTH // 2)) if variant == "early commits" else 0 for _ in texts]
+    requests = [server.add(i, LENGTH, origins[i]) for i in range(3)]
     check_any_cut(server, requests, data)
 
 
@@ -75,10 +77,11 @@ def check_any_cut(server: Server, requests: list[Request], data: st.DataObject) 
     write_scale=st.sampled_from(["reference", "exact"]),
     pages=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 30)),
     log_dtype=st.sampled_from(["float32", "bfloat16"]),
+    key_update=st.sampled_from(["train_only", "fast"]),
     data=st.data(),
 )
 def test_a_log_may_be_folded_at_any_time(
-    seed, query_conv, heads, lookahead, chunk_size, write_scale, pages, log_dtype, data
+    seed, query_conv, heads, lookahead, chunk_size, write_scale, pages, log_dtype, key_update, data
 ):
     layer = memory_layer(
         seed,
@@ -89,6 +92,7 @@ def test_a_log_may_be_folded_at_any_time(
         write_scale=write_scale,
         log_dtype=log_dtype,
         learning_rate=0.5,
+        key_update=key_update,
     )
     length = 3 * stretch(LIMIT, chunk_size, *pages[:2]) + 5
     server = Server(layer, documents(layer, seed, 2, length), *pages, blocks=300)
@@ -111,6 +115,49 @@ def test_a_folded_log_holds_one_stretch_and_one_version():
     assert request.computed == 80
 
 
+def test_moving_keys_take_one_version_and_one_open_chunk():
+    layer = memory_layer(0, chunk_size=8, key_update="fast")
+    server = Server(layer, documents(layer, 0, 1, 80), 4, 4, key_rows=4, blocks=90)
+    request = server.add(0, 80)
+    for count in (5, 30, 1, 1, 8, *[1] * 27, 8):
+        versions = (request.computed + count) // 8 - request.computed // 8
+        assert server.allocate(request, count)
+        server.step([(request, count)])
+        held = {kind: sum(block != NOBODY for block in blocks) for kind, blocks in request.blocks.items()}
+        assert held["keys"] <= 3 * (1 + versions)  # 10 sub-keys: the version that was read, and those just made
+        assert held["queries"] <= (8 + count + 3) // 4 + 1
+    assert request.computed == 80
+
+
+def test_moving_keys_change_what_is_read():
+    """Or the comparisons here would show nothing: keys that stay give something else."""
+    layer = memory_layer(0, chunk_size=8, key_update="fast")
+    (text,) = documents(layer, 0, 1, LENGTH)
+    still = alone(memory_layer(0, chunk_size=8), text)
+    assert (alone(layer, text) - still)[8:].abs().median() > 1e-2
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), min_size=1, max_size=80), st.integers(1, 9))
+def test_parts_are_the_step_s_tokens_in_a_possible_order(spans, chunk_size):
+    pieces, first = [], 0
+    for computed, count in spans:
+        pieces.append((first, computed, computed + count))
+        first += count
+    seen: list[int] = []
+    versions = [computed // chunk_size for _, computed, _ in pieces]
+    for part in parts(pieces, chunk_size, torch.device("cpu")):
+        assert len(part.requests) <= TOGETHER or not (part.own or part.completes)
+        for request, chunk, tokens in zip(part.requests, part.chunks.tolist(), part.tokens.tolist(), strict=True):
+            start, computed, _ = pieces[request]
+            positions = [token - start + computed for token in tokens]
+            assert versions[request] == chunk == positions[0] // chunk_size == positions[-1] // chunk_size
+            assert part.own == (chunk > 0)
+            assert part.completes == (positions[-1] % chunk_size == chunk_size - 1)
+            versions[request] += part.completes
+            seen += tokens
+    assert sorted(seen) == list(range(first))
+
+
 def test_a_half_precision_log_rounds_as_the_layer_does():
     layer = memory_layer(3, 4, lookahead=1, chunk_size=8, write_scale="exact", log_dtype="bfloat16")
     (text,) = documents(layer, 0, 1, 64)
@@ -125,6 +172,25 @@ def test_a_half_precision_log_rounds_as_the_layer_does():
     torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
     exact = memory_layer(3, 4, lookahead=1, chunk_size=8, write_scale="exact")
     assert (alone(exact, text) - expected).abs().max() > 1e-3, "this document must be one where rounding shows"
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("key_update", ["fast", "slow"])
+def test_a_request_without_numbers_stops_nobody_else(number, key_update):
+    """Half precision overflows now and then: that request is lost, and the others get what they get without it."""
+    layer = memory_layer(3, 4, chunk_size=8, write_scale="exact", key_update=key_update)
+    good, bad = documents(layer, 0, 2, 40)
+    bad = bad.clone()
+    bad[3:30:4] = number
+    server = Server(layer, [good, bad], 5, 3, blocks=200)
+    requests, got = [server.add(i, 40) for i in range(2)], []
+    while requests[0].computed < 40:
+        count = min(11, 40 - requests[0].computed)
+        assert all(server.allocate(request, count) for request in requests)
+        first, second = server.step([(request, count) for request in requests])
+        assert not torch.equal(first, second)
+        got.append(first)
+    torch.testing.assert_close(torch.cat(got), alone(layer, good), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_layers_keep_float32_memories():
@@ -203,8 +269,8 @@ def test_rounds_are_enough_and_one_in_decode(longest, chunk, rounds):
 
 def test_a_step_is_one_graph_that_waits_for_nothing():
     """No part of it looks at what is on the device: neither one decoded token each, nor pieces over many chunks."""
-    layer = memory_layer(1, 3, chunk_size=8, write_scale="exact")
-    texts = documents(layer, 0, 2, 32)
+    still = memory_layer(1, 3, chunk_size=8, write_scale="exact")
+    texts = documents(still, 0, 2, 32)
     whole = torch.compile(serve, fullgraph=True, backend="eager")
 
     def compiled(step: Step) -> Step:
@@ -212,7 +278,14 @@ def test_a_step_is_one_graph_that_waits_for_nothing():
         torch.testing.assert_close(whole(layer, hidden, step), serve(layer, hidden, step))
         return step
 
-    for counts, rows in (((1, 1), None), ((20, 9), None), ((5, 8), 7)):
+    fast = memory_layer(1, 3, chunk_size=8, write_scale="exact", key_update="fast")
+    for layer, counts, rows in (
+        (still, (1, 1), None),
+        (still, (20, 9), None),
+        (still, (5, 8), 7),
+        (fast, (20, 9), None),
+        (fast, (1, 1), None),
+    ):
         server = Server(layer, texts, 4, 4, rows, blocks=40)
         pieces = [(server.add(i, 32), count) for i, count in enumerate(counts)]
         assert all(server.allocate(*piece) for piece in pieces)

@@ -7,18 +7,22 @@ request's tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from fwpkm_vllm.folded import Folded
-from fwpkm_vllm.records import Layout, log_layout, recent_layout, row_layout, stretch, window
-from fwpkm_vllm.step import Batch, Pages, Step, serve
+from fwpkm_vllm.keys import MovingKeys, parts
+from fwpkm_vllm.paged import Pages, Versions
+from fwpkm_vllm.records import Layout, log_layout, query_layout, recent_layout, row_layout, stretch, window
+from fwpkm_vllm.step import Batch, Step, serve
 from torch import Tensor
 
 from fwpkm.layers import FwPKM
 from fwpkm.memory import MemoryConfig
 from fwpkm.models import FwPKMConfig
+from fwpkm.ops import key_commit, product_key_address
 
 LIMIT = 8  # of the log of a request, in tokens, where logs are folded
 NOBODY = 0  # the block that padding is written to
@@ -32,7 +36,7 @@ class Request:
     length: int
     origin: int = 0  # where its memory commits early
     computed: int = 0
-    blocks: dict[str, list[int]] = field(default_factory=lambda: {"log": [], "recent": [], "folded": []})
+    blocks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Pool:
@@ -66,7 +70,10 @@ class Pool:
 
 
 class Server:
-    """One memory layer that serves requests for ``documents [T, D]``; with ``rows`` a page, logs are folded."""
+    """One memory layer that serves requests for ``documents [T, D]``; with ``rows`` a page, logs are folded.
+
+    If its keys move they have pages of ``key_rows``, and queries pages of ``recent_page``.
+    """
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class Server:
         log_page: int,
         recent_page: int,
         rows: int | None = None,
+        key_rows: int = 4,
         *,
         blocks: int,
     ) -> None:
@@ -83,17 +91,24 @@ class Server:
         config = FwPKMConfig(
             hidden_size=layer.query.in_features,
             fwpkm_value_dim=layer.values.shape[1],
+            fwpkm_key_dim=2 * layer.keys.shape[-1],
             fwpkm_heads=layer.heads,
             fwpkm_query_conv=0 if layer.query_conv is None else layer.query_conv.width,
             **{f"fwpkm_{field.name}": getattr(memory, field.name) for field in dataclasses.fields(memory)},
         )
-        layouts = {"log": log_layout(config), "recent": recent_layout(config, layer.query.weight.dtype)}
+        dtype = layer.query.weight.dtype
+        layouts = {"log": log_layout(config), "recent": recent_layout(config, dtype)}
         pages = {"log": log_page, "recent": recent_page}
         self.stretch = None
+        self.versions = {}  # their stretch, and pages of one
         if rows is not None:
-            layouts["folded"], pages["folded"] = row_layout(config), rows
+            layouts["folded"], pages["folded"] = row_layout(layer.values.shape[1]), rows
             self.stretch = stretch(LIMIT, memory.chunk_size, log_page, recent_page)
-            self.pages = -(-layer.values.shape[0] // rows)  # of a version of the rows
+            self.versions["folded"] = self.stretch, -(-layer.values.shape[0] // rows)
+        if memory.key_update == "fast":
+            layouts["keys"], pages["keys"] = row_layout(layer.keys.shape[-1]), key_rows
+            layouts["queries"], pages["queries"] = query_layout(config, dtype), recent_page
+            self.versions["keys"] = memory.chunk_size, -(-layer.keys.shape[:-1].numel() // key_rows)
         self.pools = {kind: Pool(layouts[kind], pages[kind], blocks) for kind in layouts}
         self.window = window(config)
         self.requests: list[Request] = []
@@ -113,7 +128,7 @@ class Server:
         same = (mine[:shortest] != theirs[:shortest]).any(1)
         common = int(same.int().argmax()) if bool(same.any()) else shortest
         limit = min(common, other.computed, request.length - 1)
-        pages = [self.pools[kind].page for kind in ("log", "recent")]
+        pages = [self.pools[kind].page for kind in self.pools if kind not in self.versions]
         for tokens in range(limit, 0, -1):
             if any(tokens % page for page in pages) or request.origin != other.origin:
                 continue
@@ -136,10 +151,15 @@ class Server:
 
     def needed(self, kind: str, computed: int) -> range:
         """Of a request's pages of a kind, those that its next token needs."""
-        page, whole = self.pools[kind].page, computed // self.stretch if self.stretch else 0
-        if kind == "folded":
-            return range(max(0, whole - 1) * self.pages, whole * self.pages)
-        first = max(0, computed - self.window + 1) if kind == "recent" else whole * (self.stretch or 0)
+        page = self.pools[kind].page
+        if kind in self.versions:
+            length, pages = self.versions[kind]
+            return range(max(0, computed // length - 1) * pages, computed // length * pages)
+        if kind == "recent":
+            first = max(0, computed - self.window + 1)
+        else:
+            length = self.stretch if kind == "log" else self.layer.config.chunk_size
+            first = computed // length * length if length else 0
         return range(first // page, -(-computed // page))
 
     def allocate(self, request: Request, tokens: int) -> bool:
@@ -190,19 +210,27 @@ class Server:
             for i, (request, _) in enumerate(pieces):
                 blocks = torch.tensor(request.blocks[kind], dtype=torch.int32)
                 table[i, : len(blocks)] = blocks if kind == "recent" else blocks.masked_fill(blocks == NOBODY, nothing)
-        for kind in ("log", "recent"):
+        for kind in self.pools.keys() - self.versions.keys():
             page, places = self.pools[kind].page, []
             for i, (request, count) in enumerate(pieces):
                 at = torch.arange(request.computed, request.computed + count)
                 places.append(tables[kind][i, at // page].long() * page + at % page)
             places.append(torch.zeros(padding, dtype=torch.int64))
             pages[kind] = Pages(self.pools[kind].fields, tables[kind], torch.cat(places))
-        folded = None
+        rows = {
+            kind: Versions(self.pools[kind].fields["rows"], tables[kind], count)
+            for kind, (_, count) in self.versions.items()
+        }
+        folded = keys = None
         if self.stretch:
             versions = [((r.computed + count) // self.stretch, r.computed // self.stretch) for r, count in pieces]
             due = [(i, version) for i, (version, before) in enumerate(versions) if version > before]
-            folded = Folded(self.pools["folded"].fields["rows"], tables["folded"], self.stretch, self.pages, due)
-        step = Step(batch, pages["log"], pages["recent"], folded)
+            folded = Folded(rows["folded"], self.stretch, due)
+        if "keys" in rows:
+            spans = [(int(first), r.computed, r.computed + n) for first, (r, n) in zip(starts, pieces, strict=False)]
+            together = parts(spans, self.layer.config.chunk_size, starts.device)
+            keys = MovingKeys(rows["keys"], pages["queries"], together)
+        step = Step(batch, pages["log"], pages["recent"], folded, keys)
         with torch.no_grad():
             out = serve(self.layer, torch.cat(hidden), change(step) if change else step)
         for request, count in pieces:
@@ -211,9 +239,9 @@ class Server:
 
 
 def memory_layer(seed: int, query_conv: int = 0, heads: int = 1, **fields: object) -> FwPKM:
-    """A small layer whose keys stay where they are, and whose memory matters."""
+    """A small layer whose keys stay where they are unless told otherwise, and whose memory matters."""
     torch.manual_seed(seed)
-    config = MemoryConfig(topk=3, key_update="train_only", **fields)  # type: ignore[arg-type]
+    config = MemoryConfig(**{"topk": 3, "key_update": "train_only"} | fields)  # type: ignore[arg-type]
     layer = FwPKM(10, n_subkeys=5, key_dim=6, value_dim=7, heads=heads, query_conv=query_conv, config=config).eval()
     with torch.no_grad():
         layer.gate.bias += 1
@@ -222,15 +250,23 @@ def memory_layer(seed: int, query_conv: int = 0, heads: int = 1, **fields: objec
 
 
 def margin(layer: FwPKM, document: Tensor) -> float:
-    """How far the last slot that a token of ``document`` takes is from the first that it leaves, at the least."""
-    from fwpkm.ops import product_key_address
+    """How far the last slot that a token of ``document`` takes is from the first that it leaves, at the least.
 
+    With keys that move also the last sub-key, which the key commits are computed from.
+    """
+    least, config = torch.inf, layer.config
     with torch.no_grad():
         x, _, _ = layer._inputs(document.unsqueeze(0), None, None, None)
-        query = layer.query(x).unflatten(-1, (layer.heads, -1))
-        scores = product_key_address(query, layer.keys.unsqueeze(0), layer.keys.shape[2], layer.config.score)[0]
-        k = layer.config.topk
-        return float((scores[..., k - 1] - scores[..., k]).min())
+        keys = layer.keys.unsqueeze(0)
+        for query in layer.query(x).unflatten(-1, (layer.heads, -1)).split(config.chunk_size, 1):
+            scores, _, sub_scores, _ = product_key_address(query, keys, keys.shape[3], config.score)
+            if config.key_update == "fast":
+                found = product_key_address(query, keys, config.topk, config.score)
+                if query.shape[1] == config.chunk_size:
+                    keys = key_commit(query, keys, *found[2:], None, config.learning_rate, config.score)
+                scores = torch.cat((scores, sub_scores.flatten(2, 3)), 2)
+            least = min(least, float((scores[..., config.topk - 1] - scores[..., config.topk]).min()))
+    return least
 
 
 def documents(layer: FwPKM, seed: int, count: int, length: int, common: Sequence[int] = ()) -> list[Tensor]:

@@ -58,7 +58,9 @@ class Options(VerifyAndUpdateConfig):
         require(not single, "disable_hybrid_kv_cache_manager", single, "false: records are kept for different times")
         limit = log_limit(vllm_config)
         if not vllm_config.use_v2_model_runner:  # whose logits processors are others
-            if limit is not None:
+            if moves_keys(vllm_config.model_config.hf_config):
+                CommitAfterPrompt.refused = "false, or a model whose keys stay: theirs are made where chunks end"
+            elif limit is not None:
                 CommitAfterPrompt.refused = f"false, or a server without {LIMIT}: stretches of tokens are whole chunks"
             elif vllm_config.cache_config.enable_prefix_caching:
                 CommitAfterPrompt.refused = "false, or a server with --no-enable-prefix-caching: commits change records"
@@ -77,7 +79,8 @@ def check_model(config: FwPKMConfig) -> None:
     served = ("full_attention", "sliding_attention")
     for kind in config.layer_types or ():
         require(kind in served, "layer_types", kind, "{}", " or ".join(served))
-    if config.fwpkm_layers:
-        update = config.fwpkm_key_update
-        expected = "'slow' or 'train_only': with 'fast' every request has keys of its own, which are not served yet"
-        require(update != "fast", "fwpkm_key_update", repr(update), expected)
+
+
+def moves_keys(config: FwPKMConfig) -> bool:
+    """Whether each request has keys of its own, which commits move."""
+    return bool(config.fwpkm_layers) and config.fwpkm_key_update == "fast"

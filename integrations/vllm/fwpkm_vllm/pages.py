@@ -20,10 +20,21 @@ from fwpkm.checks import require
 from fwpkm.models import FwPKMConfig
 from fwpkm_vllm.commit import origins
 from fwpkm_vllm.folded import Folded
-from fwpkm_vllm.options import log_limit
-from fwpkm_vllm.records import Layout, log_layout, recent_layout, row_layout, stretch, tokens_per_page, window
-from fwpkm_vllm.sharing import CleaningSpec, FoldedSpec, LogSpec, StretchSpec
-from fwpkm_vllm.step import Batch, Pages, Step
+from fwpkm_vllm.keys import TOGETHER, MovingKeys, Part, parts
+from fwpkm_vllm.options import log_limit, moves_keys
+from fwpkm_vllm.paged import Pages, Versions
+from fwpkm_vllm.records import (
+    Layout,
+    log_layout,
+    query_layout,
+    recent_layout,
+    row_layout,
+    stretch,
+    tokens_per_page,
+    window,
+)
+from fwpkm_vllm.sharing import CleaningSpec, FoldedSpec, KeysSpec, LogSpec, StretchSpec
+from fwpkm_vllm.step import Batch, Step
 
 logger = init_logger("vllm.fwpkm")
 
@@ -35,7 +46,8 @@ class PagesMetadata:
     batch: Batch
     table: Tensor  # [R, B]
     places: Tensor  # [T]
-    due: Sequence[tuple[int, int]]  # requests that complete a stretch in this step, and which
+    due: Sequence[tuple[int, int]]  # requests that complete a stretch in this step, and which, where logs are folded
+    parts: Sequence[Part]  # of the step's tokens, where keys move
 
 
 class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
@@ -43,7 +55,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.stretch = kv_cache_spec.attention_chunk_size if isinstance(kv_cache_spec, FoldedSpec) else None
+        self.spec = kv_cache_spec
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -58,16 +70,26 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             origins(requests, common.seq_lens.device),
         )
         places = common.slot_mapping[:tokens].clamp_min(0)  # vLLM's -1, of padding, to the block of nobody
-        due = [] if self.stretch is None else completed(common, self.stretch)
-        return PagesMetadata(batch, common.block_table_tensor[:requests], places, due)
+        due, together = [], []
+        if isinstance(self.spec, FoldedSpec):
+            due = completed(common, self.spec.attention_chunk_size)
+        elif isinstance(self.spec, KeysSpec):
+            together = parts(pieces(common), self.spec.attention_chunk_size, common.seq_lens.device)
+        return PagesMetadata(batch, common.block_table_tensor[:requests], places, due, together)
+
+
+def pieces(common: CommonAttentionMetadata) -> list[tuple[int, int, int]]:
+    """Of each request its first token in the step, and from where to where it goes; what the host knows."""
+    lengths = common.seq_lens_cpu_upper_bound  # exact, as there is no speculative decoding
+    starts = common.query_start_loc_cpu.tolist()
+    ends = (common.seq_lens if lengths is None else lengths).tolist()[: common.num_reqs]
+    counts = common.query_start_loc_cpu.diff().tolist()
+    return [(first, end - count, end) for first, count, end in zip(starts, counts, ends, strict=False)]
 
 
 def completed(common: CommonAttentionMetadata, stretch: int) -> list[tuple[int, int]]:
-    """Requests that complete a stretch in this step, and which; from what the host knows, without waiting."""
-    lengths = common.seq_lens_cpu_upper_bound  # exact, as there is no speculative decoding
-    pieces = common.query_start_loc_cpu.diff()
-    after = (common.seq_lens if lengths is None else lengths).tolist()[: common.num_reqs]
-    stretches = [((end - piece) // stretch, end // stretch) for end, piece in zip(after, pieces.tolist(), strict=False)]
+    """Requests that complete a stretch in this step, and which."""
+    stretches = [(computed // stretch, end // stretch) for _, computed, end in pieces(common)]
     assert all(last <= first + 1 for first, last in stretches), "a step is no longer than a stretch"
     return [(i, last) for i, (first, last) in enumerate(stretches) if first < last]
 
@@ -194,28 +216,90 @@ class LogPages(RecordPages):
         return StretchSpec(attention_chunk_size=length, **kind)
 
 
-class FoldedPages(RecordPages):
-    """What the records of a request's whole stretches add up to, dense rows."""
+class VersionPages(RecordPages):
+    """Dense rows that a request has of its own, in versions.
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    Args:
+        count: rows of a version.
+        config, layout, vllm_config, prefix: as of :class:`RecordPages`; the layout is that of a row.
+    """
+
+    def __init__(self, count: int, config: FwPKMConfig, layout: Layout, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(config, layout, vllm_config, prefix)
+        self.count = count
+        self.pages = 0  # of a version; known when there are pages
+
+    def of_versions(self, vllm_config: VllmConfig) -> dict[str, Any]:
+        """What vLLM is to know of the pages, of which a version takes :attr:`pages`."""
         kind = self.whole_pages(vllm_config)
         rows = self.page_bytes // self.layout.nbytes
         expected = f"more: {self.layout.nbytes} bytes of a row have to fit into a page"
         require(rows > 0, "block_size", vllm_config.cache_config.block_size, expected)
-        self.pages = -(-(self.config.fwpkm_n_subkeys**2) // rows)
-        length = stretch_length(self.config, vllm_config)
-        assert length is not None
-        self.stretch = length
-        return FoldedSpec(attention_chunk_size=length, pages=self.pages, **kind)
+        self.pages = -(-self.count // rows)
+        return {"pages": self.pages, **kind}
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
         self.records = self.page_bytes // self.layout.nbytes
 
+    def versions(self) -> Versions:
+        """The rows in the current forward, of which there is metadata."""
+        assert self.metadata is not None
+        return Versions(self.fields["rows"], self.metadata.table, self.pages)
+
+
+class FoldedPages(VersionPages):
+    """What the records of a request's whole stretches add up to, a row a slot."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        length = stretch_length(self.config, vllm_config)
+        assert length is not None
+        self.stretch = length
+        return FoldedSpec(attention_chunk_size=length, **self.of_versions(vllm_config))
+
     def current_rows(self) -> Folded:
         """The rows in the current forward."""
         assert self.metadata is not None
-        return Folded(self.fields["rows"], self.metadata.table, self.stretch, self.pages, self.metadata.due)
+        return Folded(self.versions(), self.stretch, self.metadata.due)
+
+
+class KeyPages(VersionPages):
+    """What the commits of a request's chunks have made of the sub-keys, a row each."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        kind, chunk = self.of_versions(vllm_config), self.config.fwpkm_chunk_size
+        taken, used = self.pages * self.page_bytes, self.count * self.layout.nbytes
+        logger.info_once(
+            "Keys that move: a request of %d tokens or more has %.3f MB of them a memory layer, in %d pages (%.3f MB "
+            "of it padding), and once more for each such chunk that a step completes.",
+            chunk,
+            taken / 1e6,
+            self.pages,
+            (taken - used) / 1e6,
+        )
+        return KeysSpec(attention_chunk_size=chunk, **kind)
+
+
+class QueryPages(RecordPages):
+    """The queries of the open chunk, which its key commit needs."""
+
+    def kind(self, vllm_config: VllmConfig) -> dict[str, Any]:
+        """As many in a page as records of the log, or fewer: so prefixes are shared no more coarsely for them."""
+        page_bytes = attention_page_bytes(vllm_config)
+        tokens = tokens_per_page(page_bytes, log_layout(self.config).nbytes, vllm_config.cache_config.block_size)
+        tokens = tokens_per_page(page_bytes, self.layout.nbytes, tokens, most=1)
+        self.page_bytes = max(page_bytes, tokens * self.layout.nbytes)
+        return self.bytes_of(tokens, self.layout.nbytes)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        kind, chunk = self.kind(vllm_config), self.config.fwpkm_chunk_size
+        bytes_a_token = self.page_bytes / kind["block_size"]
+        logger.info_once(
+            "Queries of open chunks: %.0f bytes a token and memory layer, at most %.3f MB a request.",
+            bytes_a_token,
+            -(-chunk // kind["block_size"]) * self.page_bytes / 1e6,
+        )
+        return StretchSpec(attention_chunk_size=chunk, **kind)
 
 
 class CleaningPages(RecordPages):
@@ -226,18 +310,23 @@ class CleaningPages(RecordPages):
 
 
 class MemoryPages(nn.Module):
-    """The pages of a memory layer: its write log, what it was folded to, and what the next few tokens need."""
+    """The pages of a memory layer: its write log, what it was folded to, what the next few tokens need, and keys."""
 
     def __init__(self, config: FwPKMConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        self.config = config
         self.log = LogPages(config, log_layout(config), vllm_config, f"{prefix}.log")
-        recent = recent_layout(config, vllm_config.model_config.dtype)
-        self.recent = RecentPages(config, recent, vllm_config, f"{prefix}.recent")
-        self.folded = None
+        dtype, rows = vllm_config.model_config.dtype, row_layout(config.fwpkm_value_dim)
+        self.recent = RecentPages(config, recent_layout(config, dtype), vllm_config, f"{prefix}.recent")
+        self.folded = self.keys = None
         if log_limit(vllm_config) is not None:
-            self.folded = FoldedPages(config, row_layout(config), vllm_config, f"{prefix}.folded")
+            self.folded = FoldedPages(config.fwpkm_n_subkeys**2, config, rows, vllm_config, f"{prefix}.folded")
             if vllm_config.device_config.device_type == "cpu":
-                self.cleaning = CleaningPages(config, row_layout(config), vllm_config, f"{prefix}.cleaning")
+                self.cleaning = CleaningPages(config, rows, vllm_config, f"{prefix}.cleaning")
+        if moves_keys(config):
+            count, halves = config.fwpkm_heads * 2 * config.fwpkm_n_subkeys, row_layout(config.fwpkm_key_dim // 2)
+            self.keys = KeyPages(count, config, halves, vllm_config, f"{prefix}.keys")
+            self.queries = QueryPages(config, query_layout(config, dtype), vllm_config, f"{prefix}.queries")
 
     def step(self, tokens: int, device: torch.device) -> Step:
         """The step of the current forward.
@@ -247,7 +336,7 @@ class MemoryPages(nn.Module):
         metadata = self.log.metadata
         if metadata is not None:
             folded = None if self.folded is None else self.folded.current_rows()
-            return Step(metadata.batch, self.log.current(), self.recent.current(), folded)
+            return Step(metadata.batch, self.log.current(), self.recent.current(), folded, self.current_keys())
         ends = torch.tensor([0, tokens], device=device)
         places = torch.zeros(tokens, dtype=torch.int64, device=device)
 
@@ -256,10 +345,18 @@ class MemoryPages(nn.Module):
             return Pages(layout.views(nothing), places.unsqueeze(0), places)
 
         if self.folded is not None:  # what a step takes that folds a log
-            config = self.folded.config
-            torch.empty(config.fwpkm_n_subkeys**2, config.fwpkm_value_dim, device=device)
+            torch.empty(self.folded.count, self.config.fwpkm_value_dim, device=device)
+        if self.keys is not None:  # what a step takes that moves keys: those that there were, and new ones
+            torch.empty(2, TOGETHER, self.keys.count, self.config.fwpkm_key_dim // 2, device=device)
         batch = Batch.of(ends, ends[1:], tokens, tokens)
         return Step(batch, for_nobody(self.log.layout), for_nobody(self.recent.layout))
+
+    def current_keys(self) -> MovingKeys | None:
+        """The requests' keys in the current forward, if they have any."""
+        if self.keys is None:
+            return None
+        assert self.keys.metadata is not None
+        return MovingKeys(self.keys.versions(), self.queries.current(), self.keys.metadata.parts)
 
 
 def stretch_length(config: FwPKMConfig, vllm_config: VllmConfig) -> int | None:

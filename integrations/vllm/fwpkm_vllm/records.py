@@ -65,9 +65,14 @@ def recent_layout(config: FwPKMConfig, dtype: torch.dtype) -> Layout:
     return Layout(*fields)
 
 
-def row_layout(config: FwPKMConfig) -> Layout:
-    """A row of a request's own: what its log has added to a slot."""
-    return Layout(Field("rows", torch.float32, config.fwpkm_value_dim))
+def row_layout(width: int) -> Layout:
+    """A row that requests have of their own: what a log has added to a slot, or a sub-key that commits have moved."""
+    return Layout(Field("rows", torch.float32, width))
+
+
+def query_layout(config: FwPKMConfig, dtype: torch.dtype) -> Layout:
+    """What the key commit needs of a token, until its chunk is committed."""
+    return Layout(Field("queries", dtype, config.fwpkm_heads * config.fwpkm_key_dim))
 
 
 def window(config: FwPKMConfig) -> int:
@@ -78,15 +83,15 @@ def window(config: FwPKMConfig) -> int:
 MOST = 8  # times the tokens of a block: prefixes are shared in whole pages
 
 
-def tokens_per_page(page_bytes: int, record_bytes: int, tokens: int) -> int:
-    """How many records a page of ``page_bytes`` holds: a multiple of ``tokens``, or that halved until it fits.
+def tokens_per_page(page_bytes: int, record_bytes: int, tokens: int, most: int = MOST) -> int:
+    """How many records a page of ``page_bytes`` holds: at most ``most`` times ``tokens``, or that halved until it fits.
 
     Block sizes so divide each other, which prefix caching asks for; what is left of a page is padding.
     """
     fit = page_bytes // record_bytes
     while tokens > max(1, fit) and tokens % 2 == 0:
         tokens //= 2
-    return tokens * min(MOST, max(1, fit // tokens))
+    return tokens * min(most, max(1, fit // tokens))
 
 
 def stretch(limit: int, *sizes: int) -> int:

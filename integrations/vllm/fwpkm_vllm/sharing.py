@@ -17,12 +17,17 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 
 class Later(SingleTypeKVCacheManager):
-    """Offers a request's blocks to others one step later than attention does.
+    """Offers a request's blocks to others one step later than attention does, and frees none before.
 
     vLLM offers blocks when a step is scheduled, to requests of the same step too: attention writes all keys and values
     of a step before it reads any. A memory reads what the chunk before has left, so the requests of a step must not
     need each other's records.
     """
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        if self.enable_caching:
+            last_block = min(last_block, self.num_cached_block.get(request_id, 0))
+        super()._remove_blocks_in_range(request_id, first_block, last_block)
 
     def cache_blocks(
         self,
@@ -46,6 +51,11 @@ class LogManager(Later, FullAttentionManager):
 
 class StretchSpec(ChunkedLocalAttentionSpec):
     """Records of the tokens since the last multiple of ``attention_chunk_size``, the length of a stretch."""
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """Those of a stretch and of the steps under way, or of these and of the step before, which are offered late."""
+        tokens = max(self.attention_chunk_size, max_in_flight_tokens) + max_in_flight_tokens
+        return min(1 + -(-tokens // self.block_size), -(-max_model_len // self.block_size))
 
 
 class StretchManager(Later, ChunkedLocalAttentionManager):
@@ -81,8 +91,8 @@ class StretchManager(Later, ChunkedLocalAttentionManager):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoldedSpec(ChunkedLocalAttentionSpec):
-    """What the records of all whole stretches add up to: dense rows, in ``pages`` blocks.
+class VersionsSpec(ChunkedLocalAttentionSpec):
+    """Dense rows that are a function of all whole stretches, in ``pages`` blocks.
 
     The rows at the end of a stretch are a function of the tokens before, have blocks of their own and are never
     rewritten, as records are. A request's row of the block table has one version of them after the other.
@@ -91,22 +101,42 @@ class FoldedSpec(ChunkedLocalAttentionSpec):
     pages: int
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """The version that is read, and those that are made in the steps under way."""
+        """The version that is read, those made in the steps under way, and those not yet offered."""
         stretch = self.attention_chunk_size
-        return self.pages * min(1 + -(-max_in_flight_tokens // stretch), max_model_len // stretch)
+        made = -(-self.held_for(max_in_flight_tokens) // stretch)
+        return self.pages * min(1 + made, max_model_len // stretch)
+
+    def held_for(self, in_flight: int) -> int:
+        """Of how many tokens versions are held at most, when so many are under way, beside the last before them."""
+        raise NotImplementedError
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """All versions that a request may come to; vLLM looks where tokens would stand, too."""
         return max(self.pages * (max_len // self.attention_chunk_size), -(-max_len // self.block_size))
 
 
-class FoldedManager(SingleTypeKVCacheManager):
-    """Gives a request blocks for a version when a step completes its stretch, and frees the version before.
+class FoldedSpec(VersionsSpec):
+    """What the records of whole stretches add up to; a step completes one stretch at most."""
+
+    def held_for(self, in_flight: int) -> int:
+        return in_flight
+
+
+class KeysSpec(VersionsSpec):
+    """What commits have made of the sub-keys; stretches are chunks, of which a step may complete many."""
+
+    def held_for(self, in_flight: int) -> int:
+        """Those of the step before, too, which are offered late, and at the end of a block."""
+        return 2 * in_flight + self.block_size
+
+
+class VersionsManager(Later):
+    """Gives a request blocks for a version when a step completes its stretch, and frees the versions before.
 
     vLLM's base class counts blocks by tokens: so many are said to be there as have the blocks that there are to be.
     """
 
-    def __init__(self, kv_cache_spec: FoldedSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: VersionsSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.stretch, self.pages = kv_cache_spec.attention_chunk_size, kv_cache_spec.pages
 
@@ -131,19 +161,24 @@ class FoldedManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offer the last version, if the step before has made it, by the tokens up to its end.
+        """Offer the versions that the steps before have made, by the tokens up to the end of the block they end in.
 
-        It is found only whole. vLLM finds a block by tokens and group: here each page is a group of its own.
+        vLLM finds a block by tokens and group: here each page is a group of its own, and a version is found only whole.
+        If several end in a block only the last is the version at the block's end.
         """
-        version = min(num_tokens, request.num_computed_tokens) // self.stretch
-        known = self.num_cached_block.get(request.request_id, 0)
-        if version * self.pages <= known:
-            return
-        blocks = self.req_to_blocks[request.request_id][(version - 1) * self.pages : version * self.pages]
-        for group, block in zip(_groups_of_pages(self.kv_cache_group_id, self.pages), blocks, strict=True):
-            row = [self._null_block] * (version - 1) + [block]
-            self.block_pool.cache_full_blocks(request, row, version - 1, version, self.stretch, group)
-        self.num_cached_block[request.request_id] = version * self.pages
+        size = self.block_pool.hash_block_size
+        written = min(num_tokens, request.num_computed_tokens) // size * size
+        known = self.num_cached_block.get(request.request_id, 0) // self.pages
+        row = self.req_to_blocks[request.request_id]
+        for version in range(known + 1, written // self.stretch + 1):
+            end = -(-version * self.stretch // size)
+            if end * size // self.stretch == version:
+                blocks = row[(version - 1) * self.pages : version * self.pages]
+                alone = [self._null_block] * end
+                for group, block in zip(_groups_of_pages(self.kv_cache_group_id, self.pages), blocks, strict=True):
+                    alone[-1] = block
+                    self.block_pool.cache_full_blocks(request, alone, end - 1, end, size, group)
+            self.num_cached_block[request.request_id] = version * self.pages
 
     @classmethod
     def find_longest_cache_hit(
@@ -163,12 +198,12 @@ class FoldedManager(SingleTypeKVCacheManager):
         groups = [page for group in kv_cache_group_ids for page in _groups_of_pages(group, pages)]
         length = max_length // alignment_tokens * alignment_tokens
         while version := length // stretch:
-            end = version * stretch // block_pool.hash_block_size
+            end = -(-version * stretch // block_pool.hash_block_size)
             cached = block_pool.get_cached_block(block_hashes[end - 1], groups)
             if cached is not None:
                 nothing = [block_pool.null_block] * ((version - 1) * pages)
                 return tuple(nothing + cached[i : i + pages] for i in range(0, len(groups), pages)), length
-            length = version * stretch - alignment_tokens
+            length = (version * stretch - 1) // alignment_tokens * alignment_tokens
         return tuple([] for _ in kv_cache_group_ids), length
 
 
@@ -210,7 +245,8 @@ class CleaningManager(FullAttentionManager):
 MANAGERS: dict[type, type[SingleTypeKVCacheManager]] = {
     LogSpec: LogManager,
     StretchSpec: StretchManager,
-    FoldedSpec: FoldedManager,
+    FoldedSpec: VersionsManager,
+    KeysSpec: VersionsManager,
     CleaningSpec: CleaningManager,
 }
 

@@ -12,6 +12,8 @@ from fwpkm.memory import MemoryConfig
 from fwpkm.memory.formulas import read_weights, relative_write_scale, write_coefficients
 from fwpkm.ops import PagedLog, log_read, product_key_address
 from fwpkm_vllm.folded import Folded
+from fwpkm_vllm.keys import MovingKeys
+from fwpkm_vllm.paged import Pages
 
 
 @dataclass(frozen=True)
@@ -71,42 +73,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Pages:
-    """Records of one kind in pages.
-
-    Attributes:
-        fields: ``[blocks, page, width]`` of each field.
-        table: ``[R, B]``, the blocks of each request in their order; what lies outside a request's tokens (or a
-            window of them) may be anything.
-        places: ``[T]``, where the records of the step's tokens go, ``block * page + offset``. Block 0 belongs to
-            nobody: what is to go nowhere goes there.
-    """
-
-    fields: dict[str, Tensor]
-    table: Tensor
-    places: Tensor
-
-    def write(self, name: str, new: Tensor, which: Tensor | None = None) -> None:
-        """Write ``new [T, width]`` into the records of the step's tokens, or of those ``which``."""
-        field = self.fields[name]
-        page = field.shape[1]
-        places = self.places if which is None else torch.where(which, self.places, 0)
-        field.index_put_((places // page, places % page), new.to(field.dtype))
-
-    def read(self, name: str, requests: Tensor, positions: Tensor) -> Tensor:
-        """``[..., width]`` at ``positions`` of ``requests``; anything at a negative position."""
-        field = self.fields[name]
-        page = field.shape[1]
-        positions = positions.clamp_min(0)
-        return field[self.table[requests, positions // page].long(), positions % page]
-
-    def from_blocks(self, first: Tensor, width: int) -> Tensor:
-        """``[R, width]``, the blocks of each request from its ``first [R]`` on; anything beyond the last."""
-        columns = first.unsqueeze(1) + torch.arange(width, device=first.device)
-        return self.table.gather(1, columns.clamp_max(self.table.shape[1] - 1))
-
-
-@dataclass(frozen=True)
 class Step:
     """What a memory layer needs to know of a step."""
 
@@ -114,6 +80,7 @@ class Step:
     log: Pages
     recent: Pages
     folded: Folded | None = None
+    keys: MovingKeys | None = None
 
 
 def serve(memory: FwPKM, hidden: Tensor, step: Step) -> Tensor:
@@ -161,7 +128,7 @@ def read_and_write(
     """Section 2 of docs/design.md for the tokens of a step.
 
     Args:
-        keys: ``[H, 2, n, Dk/2]``, which no request moves.
+        keys: ``[H, 2, n, Dk/2]``, what every request starts from; not changed.
         values: ``[N, Dv]``, what every request starts from; not changed.
         config: how the memories read and write.
         query: ``[T, H, Dk]``.
@@ -173,8 +140,12 @@ def read_and_write(
         The reads, ``[T, Dv]``; 0 for padding.
     """
     batch, log, recent = step.batch, step.log, step.recent
-    found = product_key_address(query.unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps)
-    slots, weights = found[1][0].flatten(1), torch.nan_to_num(read_weights(found[0], config)[0], 0.0)
+    if step.keys is None:  # they are everybody's
+        found = product_key_address(query.unsqueeze(0), keys.unsqueeze(0), config.topk, config.score, config.score_eps)
+        scores, slots = found[0][0], found[1][0]
+    else:
+        scores, slots = step.keys.address(query, keys, config)
+    slots, weights = slots.flatten(1), torch.nan_to_num(read_weights(scores.unsqueeze(0), config)[0], 0.0)
     number, start = batch.chunks(config.chunk_size, batch.positions, batch.owners)
     log.write("slots", slots)
     log.write("coefficients", _coefficients(weights, start, config, batch))
@@ -218,16 +189,16 @@ def read_and_write(
         log.write("residuals", torch.where(stores, its_gate * (target - before), 0), here)
     if step.folded is not None:
         for request, version in step.folded.due:
-            _fold(step.folded, request, version, log, config)
+            _fold(step.folded, request, version, log, len(values), config)
     return reads
 
 
-def _fold(folded: Folded, request: int, version: int, log: Pages, config: MemoryConfig) -> None:
+def _fold(folded: Folded, request: int, version: int, log: Pages, n_slots: int, config: MemoryConfig) -> None:
     """Make a request's rows of a version, from the log."""
     records = torch.arange((version - 1) * folded.stretch, version * folded.stretch, device=log.table.device)
     owner = torch.full_like(records, request)
     slots, coefficients, residuals = (log.read(name, owner, records) for name in ("slots", "coefficients", "residuals"))
-    folded.make(request, version, slots, coefficients, residuals, config)
+    folded.make(request, version, slots, coefficients, residuals, n_slots, config)
 
 
 def _coefficients(weights: Tensor, start: Tensor, config: MemoryConfig, batch: Batch) -> Tensor:
