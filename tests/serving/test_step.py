@@ -174,7 +174,7 @@ def test_a_half_precision_log_rounds_as_the_layer_does():
     assert (alone(exact, text) - expected).abs().max() > 1e-3, "this document must be one where rounding shows"
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("key_update", ["fast", "slow"])
 def test_a_request_without_numbers_stops_nobody_else(number, key_update):
     """Half precision overflows now and then: that request is lost, and the others get what they get without it."""

@@ -90,7 +90,7 @@ def serve(memory: FwPKM, hidden: Tensor, step: Step) -> Tensor:
     :meth:`fwpkm.layers.FwPKM.forward` gives for that request alone.
     """
     query_input, gate_input = _inputs(memory, hidden, step)
-    # A token that is no number, or too large, finds nothing, and stops nobody else's.
+    # A token that is no number finds nothing, and stops nobody else's.
     query = torch.nan_to_num(memory.query(query_input), 0.0, 0.0, 0.0).unflatten(-1, (memory.heads, -1))
     target = zscore(memory.value(memory.value_norm(hidden)))
     gate = at_least_float32(memory.gate(gate_input)).sigmoid()
@@ -145,7 +145,7 @@ def read_and_write(
         scores, slots = found[0][0], found[1][0]
     else:
         scores, slots = step.keys.address(query, keys, config)
-    slots, weights = slots.flatten(1), torch.nan_to_num(read_weights(scores.unsqueeze(0), config)[0], 0.0)
+    slots, weights = slots.flatten(1), read_weights(scores.unsqueeze(0), config)[0]
     number, start = batch.chunks(config.chunk_size, batch.positions, batch.owners)
     log.write("slots", slots)
     log.write("coefficients", _coefficients(weights, start, config, batch))
