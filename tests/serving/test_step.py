@@ -42,7 +42,7 @@ def test_any_cut_into_steps_gives_what_the_layer_gives(
         key_update="fast" if variant == "fast" else "train_only",
     )
     texts = documents(layer, seed, 3, LENGTH)
-    server = Server(layer, texts, *pages, key_rows=data.draw(st.integers(1, 25)), blocks=150)
+    server = Server(layer, texts, *pages, key_rows=data.draw(st.integers(3, 25)), blocks=900)
     origins = [data.draw(st.integers(0, LENGTH // 2)) if variant == "early commits" else 0 for _ in texts]
     requests = [server.add(i, LENGTH, origins[i]) for i in range(3)]
     check_any_cut(server, requests, data)
