@@ -3,7 +3,17 @@
 from fwpkm.compile.audit import Audit, audit
 from fwpkm.compile.environment import Environment, environment
 from fwpkm.compile.export import export
-from fwpkm.compile.exported import Exported, load
-from fwpkm.compile.model import compile_model
+from fwpkm.compile.inference import InferenceStep, load
+from fwpkm.compile.model import compile_model, compile_step
 
-__all__ = ["Audit", "Environment", "Exported", "audit", "compile_model", "environment", "export", "load"]
+__all__ = [
+    "Audit",
+    "Environment",
+    "InferenceStep",
+    "audit",
+    "compile_model",
+    "compile_step",
+    "environment",
+    "export",
+    "load",
+]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch.export import Dim, ExportedProgram
 
 from fwpkm.checks import require
-from fwpkm.compile.exported import ABOUT, FORMAT, PIECE, START, TOKEN, VERSION, file_of
-from fwpkm.compile.step import Step
+from fwpkm.compile.inference import ABOUT, FORMAT, PIECE, START, TOKEN, VERSION, file_of
+from fwpkm.compile.step import Step, sizes_as_if_unknown
 from fwpkm.files import atomic_folder
 from fwpkm.models import FwPKMForCausalLM
 
@@ -45,14 +44,8 @@ def export(
     """
     path = Path(path)
     require(not path.exists(), "path", path, "a folder that does not exist yet")
-    for name, value in (("batch", batch), ("capacity", capacity)):
-        require(value >= 1, name, value, "a positive integer")
     step = Step(model, batch, capacity)
-    config = step.memory_config
-    # A graph of more cells than two, or that compares its length with the lookahead, is not one for every length.
-    bound = min(capacity, config.chunk_size + 1 if config.lookahead <= 2 else 1)
-    max_length = bound if max_length is None else max_length
-    require(1 <= max_length <= bound, "max_length", max_length, "a number of tokens up to {}", bound)
+    max_length = step.longest(max_length)
 
     model.commit()
     training = model.training
@@ -68,18 +61,9 @@ def export(
         "format": FORMAT,
         "version": VERSION,
         "torch": torch.__version__,
-        "device": str(model.device),
-        "batch": batch,
-        "capacity": capacity,
-        "max_length": max_length,
-        "vocab_size": model.config.vocab_size,
         "inputs": ["input_ids", "state"],
         "outputs": ["logits", "state"],
-        "state": [
-            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
-            for name, x in start.items()
-        ],
-    }
+    } | step.about(max_length)
     with atomic_folder(path) as unfinished:
         (unfinished / ABOUT).write_text(json.dumps(about, indent=1))
         save_file({name: x.cpu() for name, x in start.items() if x.any()}, unfinished / START)
@@ -101,9 +85,7 @@ def export_program(step: Step, max_length: int) -> ExportedProgram:
     state = list(step.start().values())
     tokens = torch.zeros(step.batch, max_length, dtype=torch.int64, device=step.model.device)
     length = {1: Dim("length", min=2, max=max_length)} if max_length > 2 else None
-    # Or a program for more than two tokens would not take two: what is as long as all but the first is of length one.
-    shapes: Any = torch.fx.experimental._config
-    with shapes.patch(backed_size_oblivious=True):
+    with sizes_as_if_unknown():
         program = torch.export.export(step, (tokens, state), dynamic_shapes=(length, [None] * len(state)), strict=False)
         program = program.run_decompositions({})  # without regions of their own, which cannot be saved with every size
     for node in program.graph.nodes:

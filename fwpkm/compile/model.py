@@ -1,11 +1,14 @@
-"""A model in one graph."""
+"""A model in one graph, and its inference step in two."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fwpkm.checks import require, require_choice
+from fwpkm.compile.inference import PIECE, TOKEN, InferenceStep
+from fwpkm.compile.step import Step, sizes_as_if_unknown
+from fwpkm.models import FwPKMForCausalLM
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -31,3 +34,38 @@ def compile_model(model: nn.Module, mode: str = "default", dynamic: bool | None 
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     require(mode == "default" or device.type == "cuda", "mode", mode, "'default' for a model on {}", device)
     return torch.compile(model, fullgraph=True, dynamic=dynamic, mode=None if mode == "default" else mode)
+
+
+def compile_step(
+    model: FwPKMForCausalLM, batch: int = 1, capacity: int = 4096, max_length: int | None = None
+) -> InferenceStep:
+    """The inference step of ``model`` compiled by ``torch.compile``: a graph for one token, and one for several.
+
+    It is what :func:`fwpkm.compile.export` writes to files, compiled at the first calls, with the weights of ``model``
+    as they are at each call.
+
+    Args:
+        model: in evaluation mode, with sliding-window and full attention; its memories are committed first.
+        batch: rows.
+        capacity: tokens of a row for which a state has room: its size, and the time of a step, grow with it.
+        max_length: tokens that are read at once; a chunk and one token are the most, and what it is by default. With a
+            lookahead above 2 it is 1.
+
+    Raises:
+        ValueError: for a model in training mode or one that cannot be exported, and for numbers out of range.
+    """
+    require(not model.training, "model.training", model.training, "False, of model.eval()")
+    step = Step(model, batch, capacity)
+    longest = step.longest(max_length)
+    model.commit()
+    compiled = torch.compile(step, fullgraph=True)
+
+    @torch.no_grad()
+    def run(tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if tokens.shape[1] > 1 and longest > 2:
+            torch._dynamo.mark_dynamic(tokens, 1, min=2, max=longest)
+        with sizes_as_if_unknown():
+            found: tuple[Tensor, list[Tensor]] = compiled(tokens, state)
+            return found
+
+    return InferenceStep({TOKEN: run, PIECE: run}, step.about(longest), step.start())

@@ -1,4 +1,4 @@
-"""The inference step as a module of tensors only: what an exported program is made of."""
+"""The inference step as a module of tensors only: what is exported, and compiled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from fwpkm.layers.block import DecoderBlock
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM, LayerState
 from fwpkm.layers.mixers import WINDOWED
-from fwpkm.memory import FastWeights, MemoryConfig, MemoryState, WriteLog
+from fwpkm.memory import FastWeights, MemoryState, WriteLog
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.formulas import keys_commit, residual_dtype
 from fwpkm.models import FwPKMForCausalLM
 
 _RECORDS = ("slots", "coefficients", "residuals", "chunks", "gates")
 _OPEN = ("sub_scores", "sub_slots", "queries")
+
+
+def sizes_as_if_unknown() -> Any:
+    """A context in which a graph for pieces is traced.
+
+    Or one for more than two tokens would not take two: what is as long as all but the first is of length one.
+    """
+    config: Any = torch.fx.experimental._config
+    return config.patch(backed_size_oblivious=True)
 
 
 class BoundedState(MemoryState):
@@ -58,20 +67,49 @@ class Step(nn.Module):
         capacity: tokens of a row for which there is room.
 
     Raises:
-        ValueError: for a model with linear attention, or with another attention implementation than torch's.
+        ValueError: for a model with linear attention, or with another attention implementation than torch's, and for
+            numbers that are not positive.
     """
 
     def __init__(self, model: FwPKMForCausalLM, batch: int, capacity: int) -> None:
         super().__init__()
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            require(value >= 1, name, value, "a positive integer")
         linear = any(isinstance(block.mixer, GatedDeltaNet) for block in model.blocks)
         require(not linear, "layer_types", model.config.layer_types, "no 'linear_attention' in a model to export")
         require_choice("attn_implementation", model.config._attn_implementation, (WINDOWED, "sdpa"))
         self.model, self.batch, self.capacity = model, batch, capacity
+        # How the memories of all blocks work in inference.
+        self.memory_config = dataclasses.replace(model.config.memory_config(), scope="sequence", detach_every=None)
+        self.names = tuple(self.start())
 
-    @property
-    def memory_config(self) -> MemoryConfig:
-        """How the memories of all blocks work in inference."""
-        return dataclasses.replace(self.model.config.memory_config(), scope="sequence", detach_every=None)
+    def longest(self, max_length: int | None) -> int:
+        """How many tokens are read at once where ``max_length`` are asked for, or None.
+
+        A graph of more cells than two, or that compares its length with the lookahead, is not one for every length.
+
+        Raises:
+            ValueError: if they are too many.
+        """
+        config = self.memory_config
+        bound = min(self.capacity, config.chunk_size + 1 if config.lookahead <= 2 else 1)
+        length = bound if max_length is None else max_length
+        require(1 <= length <= bound, "max_length", length, "a number of tokens up to {}", bound)
+        return length
+
+    def about(self, max_length: int) -> dict[str, Any]:
+        """How it is called, in numbers and words."""
+        return {
+            "device": str(self.model.device),
+            "batch": self.batch,
+            "capacity": self.capacity,
+            "max_length": max_length,
+            "vocab_size": self.model.config.vocab_size,
+            "state": [
+                {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
+                for name, x in self.start().items()
+            ],
+        }
 
     def start(self) -> dict[str, Tensor]:
         """The state of sequences of which nothing has been read.
@@ -128,7 +166,7 @@ class Step(nn.Module):
             ``logits [B, T, V]``, and the state after it.
         """
         model = self.model
-        old = dict(zip(self.start(), state, strict=True))
+        old = dict(zip(self.names, state, strict=True))
         position = old["position"]
         positions = position + torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         hidden = model.embed_tokens(input_ids)

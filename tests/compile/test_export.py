@@ -1,4 +1,4 @@
-"""Exported inference steps: the same numbers as the model, from tensors and operators alone."""
+"""InferenceStep inference steps: the same numbers as the model, from tensors and operators alone."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fwpkm.compile
 from fwpkm.cli import app
-from fwpkm.compile import Exported, load
+from fwpkm.compile import InferenceStep, load
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from tests.draws import Draw
 from tests.test_models import make_model
@@ -52,7 +52,7 @@ def of_model(model: FwPKMForCausalLM, tokens: Tensor) -> Tensor:
     return torch.cat([model(x, past_key_values=cache).logits for x in tokens.split(PIECES, 1)], 1)
 
 
-def of_step(step: Exported, tokens: Tensor) -> Tensor:
+def of_step(step: InferenceStep, tokens: Tensor) -> Tensor:
     state, logits = step.start(), []
     for piece in tokens.split(PIECES, 1):
         found, state = step(piece, state)

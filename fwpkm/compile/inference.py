@@ -1,4 +1,4 @@
-"""Exported inference steps at work: what runs them is torch and the operators, and no model."""
+"""Inference steps at work, exported ones and compiled ones: what runs them is torch and the operators, and no model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ABOUT, START = "step.json", "start.safetensors"
 # One token is a program of its own: nothing in it depends on a length, and no chunk is laid out for it.
 TOKEN, PIECE = "token", "piece"
 
-_Step = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
+Run = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
-class Exported:
-    """An inference step out of Python: ``logits, state = step(input_ids, state)``.
+class InferenceStep:
+    """What a model does with some more tokens: ``logits, state = step(input_ids, state)``.
 
     A state is a dictionary of tensors that is never written to: continuing it twice gives independent results, and
     safetensors saves it.
@@ -37,7 +37,7 @@ class Exported:
         device: where it runs.
     """
 
-    def __init__(self, run: dict[str, _Step], about: dict[str, Any], start: dict[str, Tensor]) -> None:
+    def __init__(self, run: dict[str, Run], about: dict[str, Any], start: dict[str, Tensor]) -> None:
         self._run, self._about, self._given = run, about["state"], start
         self.batch: int = about["batch"]
         self.capacity: int = about["capacity"]
@@ -107,7 +107,7 @@ class Exported:
             require(inside, "input_ids", f"in [{low}, {high}]", "tokens in [0, {})", self.vocab_size)
 
 
-def load(path: str | Path, compiled: bool = True) -> Exported:
+def load(path: str | Path, compiled: bool = True) -> InferenceStep:
     """Load what :func:`fwpkm.compile.export` has written.
 
     A program and a package are code: load those only that you would run.
@@ -144,7 +144,7 @@ def load(path: str | Path, compiled: bool = True) -> Exported:
         run = {name: torch._inductor.aoti_load_package(str(file)) for name, file in files.items()}
     else:
         run = {name: torch.export.load(file).module() for name, file in files.items()}
-    return Exported(run, about, start)
+    return InferenceStep(run, about, start)
 
 
 def file_of(path: Path, name: str, compiled: bool) -> Path:
