@@ -61,11 +61,17 @@ def compile_step(
     compiled = torch.compile(step, fullgraph=True)
 
     @torch.no_grad()
-    def run(tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if tokens.shape[1] > 1 and longest > 2:
+    def run_token(token: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        torch._dynamo.mark_static(token)
+        found: tuple[Tensor, list[Tensor]] = compiled(token, state)
+        return found
+
+    @torch.no_grad()
+    def run_piece(tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if longest > 2:
             torch._dynamo.mark_dynamic(tokens, 1, min=2, max=longest)
         with sizes_as_if_unknown():
             found: tuple[Tensor, list[Tensor]] = compiled(tokens, state)
-            return found
+        return found
 
-    return InferenceStep({TOKEN: run, PIECE: run}, step.about(longest), step.start())
+    return InferenceStep({TOKEN: run_token, PIECE: run_piece}, step.about(longest), step.start())

@@ -22,11 +22,13 @@ def counter(monkeypatch):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("first", [1, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_graphs_stream_what_the_model_does(layout, counter):
+def test_two_graphs_stream_what_the_model_does(layout, first, counter):
     model = make_model(**LAYOUTS[layout]).eval()
     step = compile_step(model, batch=2, capacity=CAPACITY)
     tokens = Draw(1).integers(32, 2, sum(PIECES))
+    step(tokens[:, :first], step.start())  # whatever is compiled first
     assert_close(of_step(step, tokens), of_model(model, tokens), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 2
     with torch.no_grad():
