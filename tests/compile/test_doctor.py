@@ -6,11 +6,13 @@ import re
 import runpy
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+import fwpkm
 from fwpkm import __version__
 from fwpkm.compile import environment
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
@@ -53,18 +55,18 @@ def test_environment(monkeypatch):
     assert found.versions["fwpkm"] == __version__
     assert found.versions["no-such-package"] is None
     assert found.compiler is None
-    assert found.implementations["cpu"] == "reference"
-    assert ("cuda" in found.implementations) == torch.cuda.is_available() == bool(found.gpus)
+    assert set(found.operators) == {name for name in fwpkm.ops.__all__ if hasattr(torch.ops.fwpkm, name)} > {"log_read"}
+    for runs in found.operators.values():
+        assert runs["cpu"] == "reference"
+        assert ("cuda" in runs) == torch.cuda.is_available() == bool(found.gpus)
     assert found.variables == {"FWPKM_CHECK": "1"}
-    assert {"memory_scan", "memory_scan_backward", "memory_write_"} <= set(found.operators)
-    assert all(hasattr(torch.ops.fwpkm, name) for name in found.operators)
     assert json.loads(json.dumps(found.to_json()))["versions"] == found.versions
     with (console := Console(width=300)).capture() as shown:
         console.print(found.table())
     lines = shown.get().splitlines()
     for name, value in (("torch ", version("torch")), ("no-such-package", "not installed"), ("FWPKM_CHECK", "1")):
         assert any(name in line and value in line for line in lines)
-    assert any("on cpu run" in line and "reference" in line for line in lines)
+    assert any("memory_write_" in line and "cpu: reference" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,22 @@ def test_collect_env(capsys):
 
 def test_an_implementation_that_cannot_run_is_said(monkeypatch):
     monkeypatch.setattr("fwpkm.ops._implementation.FORCED", "fast")
-    assert "FWPKM_IMPL is 'fast'; expected 'reference' or 'triton'" in environment().implementations["cpu"]
+    assert "FWPKM_IMPL is 'fast'; expected 'reference' or 'triton'" in environment().operators["memory_read"]["cpu"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_delta_rule_of_a_gpu_is_another_packages(installed, monkeypatch):
+    monkeypatch.setattr("fwpkm.ops.implementation", lambda kind: {"cpu": "reference", "cuda": "triton"}[kind])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="a GPU", major=9, minor=0))
+    module = sys.modules["fwpkm.compile.environment"]
+    monkeypatch.setattr(module, "_version", lambda package: "1" if installed else None)
+    found = environment().operators
+    assert found["memory_scan"] == {"cpu": "reference", "cuda": "triton"}
+    rule = found["gated_delta_rule"]
+    assert rule["cpu"] == "reference"
+    assert rule["cuda"].startswith("flash-linear-attention")
+    assert ("pip install 'fwpkm[fla]'" in rule["cuda"]) != installed
 
 
 def test_doctor():
