@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from fwpkm.checks import require
 
 _UNFINISHED = re.compile(r"\..+\.unfinished-[0-9a-f]{8}")
 
@@ -88,6 +90,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_head(path: Path, head: Mapping[str, Any], form: str, version: int, expected: str) -> None:
+    """Check the ``format``, ``version`` and ``checksum`` that a file says it has.
+
+    Raises:
+        ValueError: if it is another file, of another version, or damaged: ``expected`` is the checksum of its content.
+    """
+    require(head.get("format") == form, f"the format of {path}", head.get("format"), form)
+    found = str(head.get("version"))
+    require(found == str(version), f"the version of {path}", found, str(version))
+    intact = head.get("checksum") == expected
+    require(intact, f"the content of {path}", "damaged", "what was saved (its checksum differs)")
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:

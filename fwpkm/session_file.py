@@ -15,7 +15,7 @@ from typing import Any
 
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
-from fwpkm.files import checksum, remove_unfinished, write_atomically
+from fwpkm.files import check_head, checksum, remove_unfinished, write_atomically
 from fwpkm.memory import MemoryState
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 from fwpkm.session import Reading, Session, base_of, settled
@@ -78,11 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not a session, or damaged: {error}") from error
     head = head if isinstance(head, dict) else {}
-    require(head.get("format") == FORMAT, f"the format of {path}", head.get("format"), FORMAT)
-    require(head.get("version") == VERSION, f"the version of {path}", head.get("version"), "{}", VERSION)
     content: dict[str, Any] = head.get("session", {})
-    intact = head.get("checksum") == _checksum(content)
-    require(intact, f"the content of {path}", "damaged", "what was saved (its checksum differs)")
+    check_head(path, head, FORMAT, VERSION, _checksum(content))
     return content
 
 

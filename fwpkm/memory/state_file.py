@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fwpkm.checks import require
-from fwpkm.files import checksum, write_atomically
+from fwpkm.files import check_head, checksum, write_atomically
 from fwpkm.memory.appendable import Appendable
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
@@ -76,10 +76,7 @@ def load_state(path: str | Path, base: FastWeights) -> MemoryState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a memory state, or damaged: {error}") from error
-    require(metadata.get("format") == FORMAT, f"the format of {path}", metadata.get("format"), FORMAT)
-    require(metadata.get("version") == str(VERSION), f"the version of {path}", metadata.get("version"), "{}", VERSION)
-    intact = metadata.get("checksum") == checksum(tensors, metadata.get("state", ""))
-    require(intact, f"the content of {path}", "damaged", "what was saved (its checksum differs)")
+    check_head(Path(path), metadata, FORMAT, VERSION, checksum(tensors, metadata.get("state", "")))
     header: dict[str, Any] = json.loads(metadata["state"])
     found, expected = _fingerprint(base), header["base"]
     require(found == expected, "base", found, "the fast weights that the state of {} started from, {}", path, expected)
