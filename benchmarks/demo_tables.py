@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks.markdown import measured_on
 from benchmarks.running import Results
-from fwpkm.report import baselines_table, markdown_table
+from fwpkm.report.baselines import baselines_table
+from fwpkm.report.table import markdown_table
 
 
 def recall(results: Results) -> str:

@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from fwpkm.files import write_atomically
 from fwpkm.report.labels import length_label
-from fwpkm.report.plots import png
-from fwpkm.report.theme import LIGHT, Theme
+from fwpkm.report.plots import write_picture
+from fwpkm.report.theme import Theme
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "peers.png"
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,7 +32,7 @@ COSTS = {
 def growth_curves(results: dict[str, Any], path: Path) -> None:
     """Write the picture, if any grid has been measured."""
     if any(grid in results for grid in OVER):
-        write_atomically(path, png(draw, results, LIGHT))
+        write_picture(draw, results, path)
 
 
 def draw(results: Mapping[str, Any], theme: Theme) -> Figure:

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from fwpkm import FastWeights, MemoryConfig, fast_weight_memory
-from fwpkm.files import write_atomically
 from fwpkm.ops import product_key_address
-from fwpkm.report.plots import png
-from fwpkm.report.theme import LIGHT, Theme
+from fwpkm.report.plots import write_picture
+from fwpkm.report.theme import Theme
 
 IMAGES = Path(__file__).parent / "images"
 N_SUB, TOPK, CHUNK = 16, 4, 8
@@ -123,7 +122,7 @@ PICTURES = {"address": draw_address, "chunks": draw_chunks, "writes": draw_write
 
 def main(folder: Path = IMAGES) -> None:
     for name, draw in PICTURES.items():
-        write_atomically(folder / f"{name}.png", png(draw, [], LIGHT))
+        write_picture(draw, {}, folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from fwpkm.evaluation.recall import Recall, ask
 from fwpkm.files import write_atomically
 from fwpkm.machine import machine
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
-from fwpkm.report import recall_curve, recall_heat_map, training_curve, write_page
-from fwpkm.training.loop import Progress
+from fwpkm.progress import Progress, counter
+from fwpkm.report.page import write_page
+from fwpkm.report.plots import draw_heat_map, draw_recall_curve, draw_training_curve, write_picture
 from fwpkm.training.needles import NeedleTraining, train
 
 CONTEXT = 120  # bytes of text shown around a needle
@@ -134,8 +135,9 @@ def run(out: Path, settings: DemoSettings, text: Path | None, command: str, prog
     # A few of the longest: those that are the hardest to believe.
     results["examples"] = sorted(results["examples"], key=lambda e: -e["length"])[: settings.examples]
     stages.save()
-    for draw, name in ((recall_heat_map, "recall"), (recall_curve, "recall-curve"), (training_curve, "training")):
-        draw(results, out / f"{name}.png")
+    pictures = {"recall": draw_heat_map, "recall-curve": draw_recall_curve, "training": draw_training_curve}
+    for name, draw in pictures.items():
+        write_picture(draw, results, out / f"{name}.png")
     write_page(results, out / "index.html")
     return results
 
@@ -203,15 +205,9 @@ def documents(text: Bytes, asked: Questions, seed: int, overwritten: int = 0) ->
 def _ask(
     models: dict[str, FwPKMForCausalLM], made: list[Document], what: str, progress: Progress
 ) -> Iterable[tuple[str, Recall]]:
-    total, done = len(models) * sum(d.tokens.size for d in made), 0
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        progress(what, done, total)
-
+    done = counter(progress, what, len(models) * sum(d.tokens.size for d in made))
     for name, model in models.items():
-        yield name, ask(model, made, on_bytes=count)
+        yield name, ask(model, made, on_bytes=done)
 
 
 def _recall(

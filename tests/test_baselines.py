@@ -20,7 +20,8 @@ from fwpkm.baselines.models import baselines, state_bytes
 from fwpkm.data.text import load_split, standard_library
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
-from fwpkm.report import baselines_plot, baselines_table
+from fwpkm.report.baselines import baselines_table, draw_baselines
+from fwpkm.report.plots import write_picture
 from fwpkm.training.needles import train
 from tests.draws import Draw, seeds
 from tests.test_demo import TINY
@@ -296,8 +297,8 @@ def test_table():
 
 def test_picture_shows_every_model(tmp_path):
     one, two = (tmp_path / name for name in ("one.png", "two.png"))
-    baselines_plot([made_up("no memory", 0.1)], one)
-    baselines_plot([made_up("no memory", 0.1), made_up("FwPKM slow exact", 0.9)], two)
+    write_picture(draw_baselines, {"rows": [made_up("no memory", 0.1)]}, one)
+    write_picture(draw_baselines, {"rows": [made_up("no memory", 0.1), made_up("FwPKM slow exact", 0.9)]}, two)
     heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (one, two)]
     assert heights[1] > heights[0]
 

@@ -16,19 +16,21 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
 
 from fwpkm.files import write_atomically
-from fwpkm.report import markdown_table, plots, recall_curve, recall_heat_map, training_curve, write_page
+from fwpkm.report import plots
 from fwpkm.report.labels import length_label, percent
-from fwpkm.report.page import page
+from fwpkm.report.page import page, write_page
 from fwpkm.report.questions import gate_of_characters
+from fwpkm.report.table import markdown_table
 from fwpkm.report.theme import DARK, LIGHT, Theme
 
 LENGTHS = [2**power for power in range(10, 21)]
 FILLER = 'def parse(line):\n    return [int(x) for x in line.split(",") if x]  # café\n'
 
 
-def made_up_results(seed: int = 0, variants: bool = True) -> dict[str, Any]:
+def made_up_results(seed: int = 0) -> dict[str, Any]:
     """Results of no demo, in the schema of one."""
     rng = random.Random(seed)
 
@@ -149,18 +151,6 @@ def made_up_results(seed: int = 0, variants: bool = True) -> dict[str, Any]:
         ],
         "examples": [example(right) for right in (True, True, False)],
     }
-    if variants:
-        shares = [{str(length): share() for length in (2**10, 2**14, 2**17)} for _ in range(24)]
-        results["variants"] = {
-            "key_update": [
-                {"key_update": update, "write_scale": scale, "recall": shares.pop(), "digits": shares.pop()}
-                for update in ("fast", "train_only", "slow")
-                for scale in ("reference", "paper", "exact")
-            ],
-            "query_conv": [
-                {"query_conv": width, "recall": shares.pop(), "digits": shares.pop()} for width in (0, 4, 16)
-            ],
-        }
     return results
 
 
@@ -243,11 +233,15 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize(
-    ("write", "size"), [(recall_heat_map, (684, 1440)), (recall_curve, (612, 1440)), (training_curve, (576, 1440))]
+    ("draw", "size"),
+    [
+        (plots.draw_heat_map, (684, 1440)),
+        (plots.draw_recall_curve, (612, 1440)),
+        (plots.draw_training_curve, (576, 1440)),
+    ],
 )
-def test_pictures(write: Callable[..., None], size: tuple[int, int], theme: Theme, tmp_path: Path) -> None:
-    write(made_up_results(), tmp_path / "deep" / "picture.png", theme)
-    picture = matplotlib.image.imread(tmp_path / "deep" / "picture.png")[..., :3]
+def test_pictures(draw: Callable[..., Figure], size: tuple[int, int], theme: Theme) -> None:
+    picture = matplotlib.image.imread(io.BytesIO(plots.png(draw, made_up_results(), theme)), format="png")[..., :3]
     assert picture.shape[:2] == size
     ground = np.isclose(picture, to_rgb(theme.card), atol=0.01).all(-1)
     edges = np.concatenate([ground[:3].ravel(), ground[-3:].ravel(), ground[:, :3].ravel(), ground[:, -3:].ravel()])
@@ -392,14 +386,6 @@ def test_page_and_markdown_show_the_numbers() -> None:
 
 
 @pytest.mark.usefixtures("quick_pictures")
-def test_variants_are_optional() -> None:
-    section = by_heading(Tree(page(made_up_results())).root, "Other ways to build the memory")
-    assert section is not None
-    assert [len(cells(table)) for table in section.all("table")] == [9, 3]
-    assert by_heading(Tree(page(made_up_results(variants=False))).root, "Other ways to build the memory") is None
-
-
-@pytest.mark.usefixtures("quick_pictures")
 def test_hostile_strings_are_escaped() -> None:
     hostile = """</pre><script>alert("1")</script><img src='http://x' onerror=y>&amp;"""
     results = made_up_results()
@@ -411,8 +397,6 @@ def test_hostile_strings_are_escaped() -> None:
         for name in ("question", "expected", "memory", "control", "before", "needle", "after"):
             example[name] = f"\n{hostile}{name}"
         example["gates"] = [0.5] * len(example["before"] + example["needle"] + example["after"])
-    for row in results["variants"]["query_conv"]:
-        row["query_conv"] = hostile
     written = page(results)
     root = Tree(written).root
     assert "<script" not in written
@@ -464,7 +448,7 @@ def test_page_shows_what_html_cannot_hold(tmp_path: Path) -> None:
 
 def test_short_run(tmp_path: Path) -> None:
     """A run of few lengths, of which the control saw some, without questions to read and with one step of training."""
-    results = made_up_results(variants=False)
+    results = made_up_results()
     results["recall"] = [entry for entry in results["recall"] if entry["length"] <= 4096][::-1][1:]
     results["training"] = {model: log[:1] for model, log in results["training"].items()}
     results |= {"overwritten": [], "perplexity": [], "examples": []}

@@ -26,8 +26,9 @@ from fwpkm.evaluation.recall import SIDE_BY_SIDE, ask
 from fwpkm.files import write_atomically
 from fwpkm.machine import machine
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
-from fwpkm.report import baselines_plot
-from fwpkm.training.loop import Progress
+from fwpkm.progress import Progress
+from fwpkm.report.baselines import draw_baselines
+from fwpkm.report.plots import write_picture
 from fwpkm.training.needles import NeedleTraining
 
 SETTINGS = DemoSettings(  # trained for fewer steps than the demo, and asked less: there are fifteen models
@@ -92,7 +93,7 @@ def run(
         "rows": [json.loads(path.read_text())["row"] for path in paths],
     }
     write_atomically(out / "baselines.json", json.dumps(results, indent=1))
-    baselines_plot(results["rows"], out / "baselines.png")
+    write_picture(draw_baselines, results, out / "baselines.png")
     return results
 
 

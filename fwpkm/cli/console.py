@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from fwpkm.training.loop import Progress
+from fwpkm.progress import Progress
 
 console = Console()
 
@@ -52,15 +52,3 @@ def progress_bars(visible: bool = True) -> Iterator[Progress]:
             bars.update(tasks[name], description=what, completed=done, total=total)
 
         yield show
-
-
-def counter(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    """Adds up the tokens of calls for a bar."""
-    done = 0
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        progress(what, done, total)
-
-    return count

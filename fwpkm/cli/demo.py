@@ -13,7 +13,7 @@ from rich.table import Table
 from fwpkm import demo as demos
 from fwpkm.baselines import comparison
 from fwpkm.cli.console import command_line, console, errors_in_one_line, progress_bars
-from fwpkm.report import baselines_table
+from fwpkm.report.baselines import baselines_table
 from fwpkm.report.results import Results
 from fwpkm.report.table import COLUMNS, recall_rows
 

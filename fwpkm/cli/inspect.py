@@ -10,9 +10,10 @@ import typer
 
 import fwpkm
 from fwpkm.checks import require
-from fwpkm.cli.console import command_line, console, counter, errors_in_one_line, progress_bars
+from fwpkm.cli.console import command_line, console, errors_in_one_line, progress_bars
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.inspection import inspect as look
+from fwpkm.progress import counter
 from fwpkm.report.inspect_page import write_inspect_page
 
 

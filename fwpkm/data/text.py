@@ -33,6 +33,7 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
     "help": help_topics,
 }
 _DATASET = "dataset:"
+HELD_OUT = 0.1  # share of the documents
 
 
 def named_documents(name: str, column: str = "text") -> list[Document]:
@@ -87,7 +88,7 @@ def _row(rows: Sequence[dict[str, str]], i: int, column: str) -> bytes:
     return rows[i][column].encode()
 
 
-def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Those for training and those for evaluation, each once. Which is which depends on their content only.
 
     Raises:
@@ -95,7 +96,7 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tup
     """
     by_digest = {hashlib.sha256(read()).digest(): read for read in documents}
     ordered = [by_digest[digest] for digest in sorted(by_digest)]
-    n_held_out = max(1, round(len(ordered) * held_out))
+    n_held_out = max(1, round(len(ordered) * HELD_OUT))
     train, held = ordered[n_held_out:], ordered[:n_held_out]
     given = len(documents)
     for name, part in (("training text", train), ("held-out text", held)):
@@ -104,9 +105,9 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tup
     return train, held
 
 
-def load_split(files: Sequence[Path], held_out: float = 0.1) -> tuple[Bytes, Bytes]:
+def load_split(files: Sequence[Path]) -> tuple[Bytes, Bytes]:
     """Join files to two texts, for training and for evaluation, as :func:`split_documents` divides them."""
-    train, held = split_documents(file_documents(files), held_out)
+    train, held = split_documents(file_documents(files))
     return joined(train), joined(held)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fwpkm.checks import require
 from fwpkm.data.codec import TokenArray
-from fwpkm.evaluation.perplexity import token_losses
+from fwpkm.evaluation.perplexity import side_by_side, token_losses
 from fwpkm.evaluation.stream import OnTokens, ignored
 from fwpkm.models import FwPKMForCausalLM
 
@@ -80,4 +80,4 @@ def _mean(losses: Tensor) -> float:
 def _rows(name: str, tokens: TokenArray, rows: int, length: int) -> Tensor:
     need = rows * length
     require(tokens.size >= need, name, f"{tokens.size} tokens long", "at least {}, {} times {}", need, rows, length)
-    return torch.from_numpy(tokens[:need].astype("int64")).view(rows, length)
+    return side_by_side(tokens[:need], rows)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from fwpkm.files import write_atomically
 from fwpkm.report.labels import bounded, count, length_label
-from fwpkm.report.plots import png
-from fwpkm.report.theme import LIGHT, Theme
+from fwpkm.report.theme import Theme
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -42,11 +39,6 @@ def baselines_table(rows: Rows) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def baselines_plot(rows: Rows, path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write a picture of everything that is in the table, with recall at the greatest length."""
-    write_atomically(path, png(draw_baselines, {"rows": rows}, theme))
 
 
 def draw_baselines(results: Mapping[str, Any], theme: Theme) -> Figure:

@@ -16,7 +16,7 @@ from fwpkm.report.labels import MISSING, bounded, count, decimal, length_label, 
 from fwpkm.report.markup import Markup, element
 from fwpkm.report.parts import boxed, document, fact_list, table, table_body
 from fwpkm.report.questions import questions_to_read
-from fwpkm.report.results import MODELS, Entry, Results, recall_by_length, recall_lengths
+from fwpkm.report.results import MODELS, Results, recall_by_length, recall_lengths
 from fwpkm.report.style import style_sheet
 from fwpkm.report.table import COLUMNS, recall_rows
 from fwpkm.report.theme import DARK, LIGHT
@@ -31,7 +31,7 @@ def write_page(results: Results, path: str | Path) -> None:
 
 def page(results: Results) -> str:
     """The whole document."""
-    sections = (_pictures, _recall_table, _other_tables, questions_to_read, _variants, _facts)
+    sections = (_pictures, _recall_table, _other_tables, questions_to_read, _facts)
     return document(
         "FwPKM: a memory that writes as it reads",
         style_sheet(),
@@ -210,50 +210,6 @@ def _other_tables(results: Results) -> Markup:
             words=2,
         ),
     )
-
-
-def _variants(results: Results) -> Markup:
-    variants = results.get("variants") or {}
-    tables = [
-        _variant_table(entries, names, caption)
-        for kind, names, caption in (
-            (
-                "key_update",
-                {"key_update": "Keys change", "write_scale": "Write scale"},
-                "When the keys of the memory change, and how far a write goes.",
-            ),
-            (
-                "query_conv",
-                {"query_conv": "Width"},
-                "How many of the last bytes an address depends on: the width of the convolution over queries.",
-            ),
-        )
-        if (entries := variants.get(kind))
-    ]
-    if not tables:
-        return Markup()
-    return element("section", element("h2", "Other ways to build the memory"), *tables)
-
-
-def _variant_table(entries: Sequence[Entry], names: dict[str, str], caption: str) -> Markup:
-    lengths = sorted({int(length) for entry in entries for length in entry["recall"]})
-    labels = [length_label(length) for length in lengths]
-    kinds = {"recall": "Exact match", "digits": "Digits"}
-    head = element(
-        "thead",
-        element(
-            "tr",
-            *(element("th", name, scope="col", rowspan=2, class_="words") for name in names.values()),
-            *(element("th", kind, scope="colgroup", colspan=len(lengths)) for kind in kinds.values()),
-        ),
-        element("tr", *(element("th", label, scope="col") for _ in kinds for label in labels)),
-    )
-    rows = [
-        [str(entry[name]) for name in names]
-        + [percent(entry[kind].get(str(length))) for kind in kinds for length in lengths]
-        for entry in entries
-    ]
-    return boxed(element("table", element("caption", caption), head, table_body(rows, words=len(names))))
 
 
 def _facts(results: Results) -> Markup:

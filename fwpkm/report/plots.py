@@ -29,19 +29,9 @@ _LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def recall_heat_map(results: Results, path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write a picture of exact match by length and depth, with memory and without, on one scale."""
-    write_atomically(path, png(draw_heat_map, results, theme))
-
-
-def recall_curve(results: Results, path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write a picture of exact match over length for both models, with the 95% lower bound."""
-    write_atomically(path, png(draw_recall_curve, results, theme))
-
-
-def training_curve(results: Results, path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write a picture of loss and digit accuracy over the steps of both trainings, and the memory's mean gate."""
-    write_atomically(path, png(draw_training_curve, results, theme))
+def write_picture(draw: Callable[[Results, Theme], Figure], results: Results, path: str | Path) -> None:
+    """Write the picture that ``draw`` makes, on light ground."""
+    write_atomically(path, png(draw, results, LIGHT))
 
 
 def png(draw: Callable[[Results, Theme], Figure], results: Results, theme: Theme) -> bytes:

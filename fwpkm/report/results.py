@@ -14,8 +14,6 @@
     overwritten: [{model, length, questions, exact, exact_lower95, stale}]
     perplexity:  [{model, memory: "on", "off" or "none", bytes, loss, perplexity}]
     examples:    [{length, depth, distance, question, expected, memory, control, before, needle, after, gates}]
-    variants:    optional {key_update: [{key_update, write_scale, recall, digits}],
-                           query_conv: [{query_conv, recall, digits}]}, recall and digits: {length as text: share}
 
 ``model`` is ``"memory"`` or ``"control"``; lengths and distances are bytes; losses are nats a byte; ``exact``,
 ``digits``, ``stale`` and ``slots_touched`` are shares from 0 to 1; ``gates`` has a number for every byte of ``before``,

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fwpkm.files import write_atomically
-from fwpkm.report.plots import png
-from fwpkm.report.theme import LIGHT, Theme
-
-
-def training_plot(records: Sequence[Mapping[str, Any]], path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write a picture of the losses of a training, its gradient norm, and the mean gate of its memories."""
-    write_atomically(path, png(draw_training, {"records": records}, theme))
+from fwpkm.report.theme import Theme
 
 
 def draw_training(results: Mapping[str, Any], theme: Theme) -> Figure:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,15 @@ from fwpkm.data.tokens import Tokens, batch
 from fwpkm.evaluation.perplexity import side_by_side, summary, token_losses
 from fwpkm.files import remove_unfinished
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM, FwPKMOutput
-from fwpkm.report.training import training_plot
+from fwpkm.progress import Progress
+from fwpkm.report.plots import write_picture
+from fwpkm.report.training import draw_training
 from fwpkm.training import checkpoint, processes
 from fwpkm.training.checkpoint import TrainingState
 from fwpkm.training.interrupt import interruptible
 from fwpkm.training.metrics import Metrics, Record, read
 from fwpkm.training.optimizer import parameter_groups
 from fwpkm.training.settings import CHANGEABLE, TrainingSettings
-
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def train(
             if last or state.step % settings.evaluate_every == 0:
                 log.append(training.evaluate(state.step))
                 if main:
-                    training_plot(read(out / "metrics.jsonl"), out / "training.png")
+                    write_picture(draw_training, {"records": read(out / "metrics.jsonl")}, out / "training.png")
             asked = training.agree(interrupt.signal or 0)
             if last or asked or state.step % settings.save_every == 0:
                 log.sync()

@@ -360,7 +360,7 @@ def test_differences():
         (["adaptation", "MODEL", "--a", "TEXT", "--rows", "9"], "tokens long; expected at least 147456, 9 times 16384"),
         (["adaptation", "MODEL", "--a", "TEXT", "--length", "2"], "length is 2; expected at least 3"),
         (["gates", "MODEL", "--tokens", "0"], "tokens is 0; expected a positive integer"),
-        (["gates", "MODEL", "--text", "TEXT", "--rows", "5000"], "tokens long; expected at least 5000, the rows"),
+        (["gates", "MODEL", "--text", "TEXT", "--rows", "5000"], "tokens long; expected at least 10000 tokens"),
         (["gates", "MODEL", "--text", "nowhere"], "nowhere does not exist"),
     ],
 )

@@ -7,15 +7,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fwpkm.cli.console import counter
 from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Settings
 from fwpkm.cli.evaluate.texts import NAMES, read_texts
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.adaptation import adaptation as measure
 from fwpkm.evaluation.memory import never_written
+from fwpkm.progress import Progress, counter
 from fwpkm.report.evaluation import draw_adaptation
 from fwpkm.report.labels import MISSING
-from fwpkm.training.loop import Progress
 
 
 def adaptation(

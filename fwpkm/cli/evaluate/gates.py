@@ -8,16 +8,15 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from fwpkm.checks import require
-from fwpkm.cli.console import counter
-from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, positive
-from fwpkm.cli.evaluate.texts import NAMES, checksum_of, filler, read_texts, rows_of
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, check_numbers
+from fwpkm.cli.evaluate.texts import NAMES, checksum_of, filler, read_texts
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.data.codec import TokenArray
 from fwpkm.data.questions import secret_numbers
 from fwpkm.evaluation.gates import gates as measure
+from fwpkm.evaluation.perplexity import side_by_side
+from fwpkm.progress import Progress, counter
 from fwpkm.report.evaluation import draw_gates
-from fwpkm.training.loop import Progress
 
 SPACING = 512  # bytes of text for each needle
 
@@ -38,12 +37,11 @@ def gates(
 
 
 def _measure(subject: Subject, progress: Progress, settings: Settings) -> Figures:
-    positive(settings, "tokens", "rows")
-    require(settings["seed"] >= 0, "seed", settings["seed"], "a number >= 0")
+    check_numbers(settings, "tokens", "rows")
     texts = []
     for name in settings["text"]:
         read = _tokens(subject, name, settings)
-        pieces = rows_of(name, read, settings["rows"], settings["tokens"])
+        pieces = side_by_side(read[: settings["tokens"]], settings["rows"])
         layers = measure(subject.model, pieces, on_tokens=counter(progress, name, pieces.numel()))
         read = read[: pieces.numel()]
         texts.append({"name": name, "tokens": read.size, "checksum": checksum_of(read), "layers": layers})

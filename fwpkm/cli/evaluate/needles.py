@@ -9,8 +9,7 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require, require_choice
-from fwpkm.cli.console import counter
-from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, positive
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Seed, Settings, check_numbers
 from fwpkm.cli.evaluate.texts import NAMES, filler
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.data.questions import Haystack, pairs, secret_numbers
@@ -18,9 +17,9 @@ from fwpkm.data.text import Bytes
 from fwpkm.demo import Questions, documents
 from fwpkm.evaluation.readings import ask_after_readings
 from fwpkm.evaluation.recall import ask
+from fwpkm.progress import Progress, counter
 from fwpkm.report.evaluation import draw_needles
 from fwpkm.report.labels import bounded, length_label, percent
-from fwpkm.training.loop import Progress
 
 # The default lengths and facts of each form.
 FORMS = {
@@ -70,8 +69,7 @@ def needles(
 def _measure(subject: Subject, progress: Progress, settings: Settings) -> Figures:
     form = settings["form"]
     require_choice("form", form, list(FORMS))
-    positive(settings, "length", "texts", "facts", "readings")
-    require(settings["seed"] >= 0, "seed", settings["seed"], "a number >= 0")
+    check_numbers(settings, "length", "texts", "facts", "readings")
     hidden_in = filler(settings["text"], settings["column"]) if form != "pairs" else np.empty(0, np.uint8)
     measure = _all_at_once if form == "demo" else _after_readings
     return {

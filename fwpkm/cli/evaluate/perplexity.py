@@ -9,15 +9,14 @@ import typer
 from rich.table import Table
 
 from fwpkm.checks import require, require_choice
-from fwpkm.cli.console import counter
-from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Settings, positive
+from fwpkm.cli.evaluate.run import Column, Evaluation, Figures, Out, Settings, check_numbers
 from fwpkm.cli.evaluate.texts import NAMES, Text, held_out, read_texts
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.memory import never_written
 from fwpkm.evaluation.perplexity import by_position, side_by_side, summary, token_losses
+from fwpkm.progress import Progress, counter
 from fwpkm.report.evaluation import draw_perplexity
 from fwpkm.report.labels import MISSING, length_label
-from fwpkm.training.loop import Progress
 
 MEMORY = ("on", "off", "reset")
 
@@ -51,7 +50,7 @@ def perplexity(
 
 def _measure(subject: Subject, progress: Progress, settings: Settings) -> Figures:
     require(settings["tokens"] >= 2, "tokens", settings["tokens"], "at least 2")
-    positive(settings, "rows")
+    check_numbers(settings, "rows")
     require(settings["reset_every"] >= 0, "reset_every", settings["reset_every"], "a positive integer, or 0")
     for memory in settings["memory"]:
         require_choice("memory", memory, MEMORY)

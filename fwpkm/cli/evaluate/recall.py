@@ -7,14 +7,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fwpkm.checks import require
-from fwpkm.cli.console import counter
-from fwpkm.cli.evaluate.run import Evaluation, Figures, Out, Seed, Settings, positive
+from fwpkm.cli.evaluate.run import Evaluation, Figures, Out, Seed, Settings, check_numbers
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.evaluation.associative import associative_recall
+from fwpkm.progress import Progress, counter
 from fwpkm.report.evaluation import draw_recall
 from fwpkm.report.labels import percent
-from fwpkm.training.loop import Progress
 
 
 def recall(
@@ -29,8 +27,7 @@ def recall(
 
 
 def _measure(subject: Subject, progress: Progress, settings: Settings) -> Figures:
-    positive(settings, "pairs", "sequences")
-    require(settings["seed"] >= 0, "seed", settings["seed"], "a number >= 0")
+    check_numbers(settings, "pairs", "sequences")
     rows = []
     for pairs in settings["pairs"]:
         done = counter(progress, f"{pairs:,} pairs", 6 * pairs * settings["sequences"])

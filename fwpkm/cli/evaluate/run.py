@@ -19,10 +19,10 @@ from fwpkm.cli.console import command_line, console, errors_in_one_line, progres
 from fwpkm.cli.subject import Subject
 from fwpkm.files import write_atomically
 from fwpkm.machine import machine
-from fwpkm.report.plots import png
-from fwpkm.report.theme import LIGHT, Theme
+from fwpkm.progress import Progress
+from fwpkm.report.plots import write_picture
+from fwpkm.report.theme import Theme
 from fwpkm.session_file import fingerprint
-from fwpkm.training.loop import Progress
 
 Out = Annotated[
     Path | None, typer.Option(help="JSON file for the figures, next to the model unless given; a picture beside it.")
@@ -77,7 +77,7 @@ class Evaluation:
     def write(self, results: Mapping[str, Any], path: Path) -> None:
         """The JSON file and, beside it, the picture."""
         write_atomically(path, json.dumps(results, indent=1))
-        write_atomically(path.with_suffix(".png"), png(self.draw, results, LIGHT))
+        write_picture(self.draw, results, path.with_suffix(".png"))
 
 
 def run_again(evaluations: Mapping[str, Evaluation], file: Path, checkpoint: Path | None, out: Path | None) -> None:
@@ -114,9 +114,11 @@ def differences(before: Any, now: Any, name: str = "figures") -> Iterator[str]:
         yield f"{name}: {before} before, {now} now"
 
 
-def positive(settings: Settings, *names: str) -> None:
-    """Check that settings are positive integers, or lists of them."""
-    for name in names:
+def check_numbers(settings: Settings, *positive: str) -> None:
+    """Check that settings are positive integers, or lists of them, and a seed not negative."""
+    seed = settings.get("seed", 0)
+    require(seed >= 0, "seed", seed, "a number >= 0")
+    for name in positive:
         values = settings[name] if isinstance(settings[name], list) else [settings[name]]
         for value in values:
             require(value >= 1, name, value, "a positive integer")

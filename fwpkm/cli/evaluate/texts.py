@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fwpkm.checks import require
 from fwpkm.cli.subject import Subject
 from fwpkm.data import tokens as token_files
 from fwpkm.data.codec import Codec, TokenArray
@@ -54,13 +53,6 @@ def held_out(subject: Subject) -> Text:
 def filler(name: str, column: str) -> Bytes:
     """The bytes of a text, to hide something in."""
     return joined(named_documents(name, column))
-
-
-def rows_of(name: str, tokens: TokenArray, rows: int, total: int) -> torch.Tensor:
-    """The first ``total`` tokens of a text, or all there are, as ``rows`` equally long pieces ``[rows, T]``."""
-    length = min(total, tokens.size) // rows
-    require(length >= 1, f"text {name}", f"{tokens.size} tokens long", "at least {}, the rows", rows)
-    return torch.from_numpy(tokens[: rows * length].astype("int64")).view(rows, length)
 
 
 def checksum_of(tokens: TokenArray) -> str:
