@@ -72,7 +72,7 @@ def test_changed_results_are_noticed(tmp_path):
     """The page as it was is not that of other figures."""
     folder = tmp_path / "results"
     shutil.copytree(tables.RESULTS, folder)
-    text = (tables.ROOT / "README.md").read_text()
+    text = (tables.ROOT / "docs" / "demo.md").read_text()
     assert tables.filled(text, folder) == text
     file = folder / "demo.json"
     results = json.loads(file.read_text())

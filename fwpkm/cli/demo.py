@@ -24,7 +24,10 @@ DEFAULT = demos.DemoSettings()
 
 
 def demo(out: Out = Path("out/demo"), text: Text = None, steps: Steps = DEFAULT.training.steps) -> None:
-    """Train a small model with a memory and one without, and ask both for numbers up to a megabyte back."""
+    """Train a small model with a memory and one without, and ask both for numbers up to a megabyte back.
+
+    Takes about ten minutes on two cores.
+    """
     settings = dataclasses.replace(DEFAULT, training=dataclasses.replace(DEFAULT.training, steps=steps))
     with errors_in_one_line(), progress_bars() as progress:
         results = demos.run(out, settings, text, command_line(), progress)
@@ -38,7 +41,10 @@ def baselines(
     steps: Steps = comparison.SETTINGS.training.steps,
     workers: Annotated[int, typer.Option(min=1, help="Models trained side by side, a thread each.")] = 2,
 ) -> None:
-    """Train the demo's model with other memories, without one and with other options, and compare."""
+    """Train the demo's model with other memories, without one and with other options, and compare.
+
+    Takes about half an hour on two cores.
+    """
     training = dataclasses.replace(comparison.SETTINGS.training, steps=steps)
     settings = dataclasses.replace(comparison.SETTINGS, training=training)
     with errors_in_one_line(), progress_bars() as progress:

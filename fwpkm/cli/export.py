@@ -15,9 +15,11 @@ from fwpkm.cli.subject import Checkpoint, Subject
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    capacity: Annotated[int, typer.Option(help="Tokens of a row for which a state has room.")] = 4096,
-    max_length: Annotated[int | None, typer.Option(help="Tokens that a step reads at most.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences that a step reads side by side.")] = 1,
+    capacity: Annotated[int, typer.Option(help="Tokens of a sequence for which a state has room.")] = 4096,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence that a program reads at once, at most: a chunk and one.")
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compiled/--program-only", help="Also compile it, with a C++ compiler.")
     ] = True,

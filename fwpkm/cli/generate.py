@@ -23,7 +23,9 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="File with that text.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of that share together.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw only from the likeliest tokens, that have this probability together.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws the tokens.")] = 0,
     commit_after_prompt: Annotated[
         bool, typer.Option(help="Let the memories read back the end of the prompt at once, not a chunk later.")

@@ -1,4 +1,4 @@
-"""The recall table, once for the page and the README."""
+"""The recall table, for the page and for the documentation."""
 
 from __future__ import annotations
 
