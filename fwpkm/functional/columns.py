@@ -20,7 +20,7 @@ from fwpkm.memory.formulas import (
     subkey_usage,
     write_coefficients,
 )
-from fwpkm.memory.state import MemoryState
+from fwpkm.memory.state import MemoryState, number
 from fwpkm.ops import key_commit, memory_scan, product_key_address, product_key_scan
 
 
@@ -121,12 +121,6 @@ def _read_run(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Read,
         state = dataclasses.replace(state, log=state.log.detach_before(bound))
     shown = slots if run.mask is None else torch.where(run.mask.unsqueeze(-1), slots, 0)
     return Read(*(by_token(x) for x in (output, shown, weights))), state, address.losses
-
-
-def number(count: int | Tensor) -> int:
-    """A count of a state whose memories are equally far."""
-    assert isinstance(count, int)
-    return count
 
 
 def _both(gates: Tensor, mask: Tensor | None, start: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from fwpkm.checks import require
 from fwpkm.memory.appendable import Appendable
-from fwpkm.memory.state import MemoryState
+from fwpkm.memory.state import MemoryState, number
 from fwpkm.memory.write_log import WriteLog
 
 
@@ -27,8 +27,7 @@ def forget(state: MemoryState, first: int, last: int) -> MemoryState:
     kind = state.config.key_update
     require(kind != "fast", "key_update", repr(kind), "a memory whose keys stay: moves of the keys are not in the log")
     require(not state.ragged and state.open is None, "state", "in an open chunk", "one that was flushed")
-    committed = state.committed
-    assert isinstance(committed, int)
+    committed = number(state.committed)
     require(0 <= first <= last <= committed, "records", [first, last], "a range in the log's {}", committed)
     if first == last:
         return state

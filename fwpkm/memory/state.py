@@ -347,9 +347,7 @@ class MemoryState:
     def open_mask(self) -> Tensor:
         """Which of the tokens in :attr:`open` are tokens of the open chunk, and not masked, ``[M, P]``."""
         if not self.ragged:
-            width = self.filled - self.committed
-            assert isinstance(width, int)
-            return self.last_records(width)[0][..., 0] >= 0
+            return self.last_records(number(self.filled - self.committed))[0][..., 0] >= 0
         kept = self.config.chunk_size - 1
         return torch.arange(-kept, 0, device=self.keys.device) >= -self.per_memory(self.open_tokens).unsqueeze(1)
 
@@ -387,9 +385,7 @@ class MemoryState:
             index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(kept - 1)
             records = [rows(x, index) for x in records]
         else:
-            width = self.filled - self.committed
-            assert isinstance(width, int)
-            records = [x.clone() for x in self.last_records(width)]
+            records = [x.clone() for x in self.last_records(number(self.filled - self.committed))]
         return dataclasses.replace(
             self,
             own_values=self.dense_values(),
@@ -400,6 +396,12 @@ class MemoryState:
 
 COUNTS = ("position", "origin", "commits", "committed")
 _INDEXED = 4096  # reads in a log of a memory from which on it is indexed
+
+
+def number(count: int | Tensor) -> int:
+    """A count of a state whose memories are equally far."""
+    assert isinstance(count, int)
+    return count
 
 
 def _at_most_one(count: int | Tensor) -> int | Tensor:
