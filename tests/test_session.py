@@ -338,7 +338,7 @@ def test_commands(model, tmp_path):
     run("read", *model_and_session, tmp_path / "a", "--passes", 2)
     said = run("read", *model_and_session, tmp_path / "b")
     size = sum(file.stat().st_size for file in (tmp_path / "session").iterdir())
-    assert f"2 documents, 190 tokens read, in {size:,} bytes" in said
+    assert f"Documents known: 2. Tokens read: 190. Bytes on disk: {size:,}." in said
     session = Session(model)
     session.read(FIRST, 2, str(tmp_path / "a"))
     session.read(SECOND, 1, str(tmp_path / "b"))

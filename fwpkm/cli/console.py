@@ -28,7 +28,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
+        of_file = isinstance(error, OSError) and error.filename
+        message = " ".join((f"{error.filename}: {error.strerror}" if of_file else str(error)).split())
         Console(stderr=True).print(f"fwpkm: {message}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(2) from None
 

@@ -40,8 +40,8 @@ def read(
             table.add_row(str(file), f"{len(text):,}", f"{tokens:,}", str(passes), f"{seconds:.1f}")
         size = reader.save(session)
     console.print(table)
-    documents, known = len(reader.documents), sum(reading.tokens for reading in reader.readings)
-    console.print(f"The session knows {documents:,} documents, {known:,} tokens read, in {size:,} bytes on disk.")
+    known = sum(reading.tokens for reading in reader.readings)
+    console.print(f"Documents known: {len(reader.documents):,}. Tokens read: {known:,}. Bytes on disk: {size:,}.")
 
 
 def ask(
@@ -58,4 +58,4 @@ def ask(
         answer = reader.ask(prompt, tokens)
         seconds = time.perf_counter() - started
     print(answer)
-    console.print(f"{seconds:.1f} seconds, from {len(reader.documents):,} documents", style="dim")
+    console.print(f"{seconds:.1f} seconds. Documents known: {len(reader.documents):,}.", style="dim")
