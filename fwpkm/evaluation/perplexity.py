@@ -25,19 +25,17 @@ def perplexity(
     rows: int = 8,
     call: int = 4096,
     bytes_per_token: float = 1.0,
-    on_tokens: OnTokens = ignored,
     resets: Collection[int] = (),
 ) -> dict[str, Any]:
     """Cross entropy of ``tokens [T]``, read as ``rows`` equally long pieces side by side.
 
-    ``on_tokens`` is told after each call how many tokens were read; ``resets`` are the positions in the pieces at which
-    the memories return to the base values.
+    ``resets`` are the positions in the pieces at which the memories return to the base values.
 
     Returns:
         ``tokens`` and ``bytes`` read, ``loss`` in nats a token, ``nats_per_byte``, and ``perplexity`` a token.
     """
     pieces = side_by_side(tokens, rows)
-    return summary(token_losses(model, pieces, call, on_tokens, resets), pieces, bytes_per_token)
+    return summary(token_losses(model, pieces, call, resets=resets), pieces, bytes_per_token)
 
 
 def side_by_side(tokens: TokenArray, rows: int) -> Tensor:
