@@ -28,8 +28,10 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        of_file = isinstance(error, OSError) and error.filename
-        message = " ".join((f"{error.filename}: {error.strerror}" if of_file else str(error)).split())
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {error.strerror}"
+        message = " ".join(text.split())
         Console(stderr=True).print(f"fwpkm: {message}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(2) from None
 
