@@ -15,6 +15,7 @@ from benchmarks import (
     cpu_tables,
     demo_tables,
     evaluation_tables,
+    faults_tables,
     peers_tables,
     retention_tables,
     serving_tables,
@@ -36,6 +37,7 @@ TABLES: dict[str, Make] = {
     **{f"peers/{name}": make for name, make in peers_tables.TABLES.items()},
     **{f"cpu/{name}": make for name, make in cpu_tables.TABLES.items()},
     **{f"compile/{name}": make for name, make in compile_tables.TABLES.items()},
+    **{f"faults/{name}": make for name, make in faults_tables.TABLES.items()},
 }
 _MARKED = re.compile(r"^<!-- table: ([^\n]*) -->\n.*?(?:^<!-- (end|table)\b|\Z)", re.DOTALL | re.MULTILINE)
 

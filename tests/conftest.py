@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -24,6 +24,8 @@ common = settings(
 settings.register_profile("dev", common, max_examples=10)
 settings.register_profile("ci", common, max_examples=40, derandomize=True, database=None)
 settings.register_profile("nightly", common, max_examples=300)
+once = (Phase.explicit, Phase.generate)
+settings.register_profile("faults", settings.get_profile("ci"), phases=once, report_multiple_bugs=False)  # tests.faults
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
