@@ -110,6 +110,7 @@ def test_gradients_equal_the_reference(config, seed, **size):
 
     def ours(leaves: Inputs) -> tuple[Tensor, Tensor]:
         output, result = run(leaves, config, training=True)
+        assert slow or not result.addressing_loss.requires_grad
         return output, result.addressing_loss
 
     def theirs(leaves: Inputs) -> tuple[Tensor, Tensor]:
@@ -142,6 +143,20 @@ def test_streaming(config, seed, cuts, training, **size):
         assert (have is None) == (want is None)
         if want is not None:
             assert_close(have, want, rtol=1e-7, atol=1e-9)
+
+
+@given(config=configs, seed=seeds, cuts=st.lists(st.integers(1, 19), min_size=1, max_size=4), **sizes)
+def test_losses_of_calls_are_those_of_one(config, seed, cuts, **size):
+    """Each chunk's addressing loss is counted once, in the call that commits it, with all of its tokens."""
+    size["length"] = max(size["length"], 2)
+    inputs = draw_inputs(seed, **size)
+    memory, total, commits = inputs.weights, 0.0, 0
+    for start, stop in pairwise(sorted({0, *(c for c in cuts if c < size["length"]), size["length"]})):
+        result = fast_weight_memory(*inputs.tokens(start, stop), memory, config, training=True)
+        memory, new = result.state, result.state.commits - commits
+        total, commits = total + new * result.addressing_loss, commits + new
+    want = reference.fast_weight_memory(*inputs, config, training=True)
+    assert_close(torch.as_tensor(total, dtype=torch.float64), commits * want.addressing_loss)
 
 
 @given(config=configs, seed=seeds, **sizes)
@@ -301,5 +316,8 @@ def test_training_scope_of_key_commits():
     half = fast_weight_memory(*inputs.tokens(0, 2), start, config).state
     with pytest.raises(ValueError, match="training is True; expected the same for all tokens of a chunk"):
         fast_weight_memory(*inputs.tokens(2, 4), half, config, training=True)
+    half_trained = fast_weight_memory(*inputs.tokens(0, 2), start, config, training=True).state
+    with pytest.raises(ValueError, match="training is False; expected the same for all tokens of a chunk"):
+        fast_weight_memory(*inputs.tokens(2, 4), half_trained, config)
     flushed = half.flush()
     assert fast_weight_memory(*inputs.tokens(2, 4), flushed, config, training=True).state.commits == 1

@@ -64,6 +64,9 @@ def test_equals_the_reference(config, seed, masked, restarts, cuts, training, pa
     assert_close(output, want.output)
     assert_close(dense(result.state.detach()), want.values)
     assert_close(result.state.keys.expand_as(want.keys), want.keys)
+    if partial:
+        position, commits = (result.state.per_memory(x) for x in (result.state.position, result.state.commits))
+        assert torch.equal(commits, -(-position // config.chunk_size))
     slow = config.key_update == "slow" and not cuts
     if not cuts:
         assert torch.equal(result.slots, want.slots)
@@ -155,6 +158,23 @@ def test_masked_is_removed(config, seed, masked, left, cuts, **size):
             assert_close(dense(state)[row], dense(want.state)[0])
             for name in COUNTS[:3]:  # the log may have been folded in one of the two
                 assert getattr(state, name)[row] == getattr(want.state, name)
+
+
+@given(config=configs, seed=seeds, cut=st.integers(1, 19), **sizes)
+def test_a_mask_may_come_later(config, seed, cut, **size):
+    """A memory that has read whole rows goes on with masked ones, in the middle of a chunk too."""
+    config, size["length"] = dataclasses.replace(config, scope="sequence"), 20
+    inputs = draw_inputs(seed, **size)
+    mask = flags(seed + 1, 0.6, size["batch"], 20)
+    mask[:, :cut] = True
+    want = reference.fast_weight_memory(*inputs, config, mask=mask)
+    assume(want.output.abs().max() < OVERSHOT)
+    with torch.no_grad():
+        first = fast_weight_memory(*inputs.tokens(0, cut), inputs.weights, config)
+        second = fast_weight_memory(*inputs.tokens(cut, 20), first.state, config, mask=mask[:, cut:])
+    assert_close(torch.cat((first.output, second.output), 1), want.output)
+    assert_close(dense(second.state), want.values)
+    assert_close(second.state.keys.expand_as(want.keys), want.keys)
 
 
 @given(config=configs, seed=seeds, restarts=st.sampled_from([0.15, 0.5]), cuts=splits, **sizes)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
@@ -234,6 +235,15 @@ def test_a_foreign_file_is_refused(saved, tmp_path):
     state.save(path)
     with pytest.raises(ValueError, match=r"config is .*; expected the configuration of the state"):
         fast_weight_memory(*inputs[:3], MemoryState.load(path, inputs.weights), loaded)
+
+
+def test_another_version_is_refused(saved):
+    _, inputs, path = saved
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {"version": "2"})
+    with pytest.raises(ValueError, match=r"the version of .* is 2; expected 1"):
+        MemoryState.load(path, inputs.weights)
 
 
 def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):

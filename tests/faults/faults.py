@@ -343,7 +343,7 @@ FAULTS = [
             "log-saved-for-one-of-two": (
                 "ctx.needs_input_grad[7] or ctx.needs_input_grad[8]",
                 "ctx.needs_input_grad[7]",
-                f"{TRANSFORMS}::test_grad_equals_autograd {DIFFERENCES}[0-memory_scan-log]",
+                f"{OPERATORS}::test_gradient_of_one_input_alone[memory_scan-log]",
             ),
             "padding-rows-of-samples-kept": (
                 "device=rows.device) >= counts.unsqueeze(1)",
@@ -597,7 +597,7 @@ FAULTS = [
             "index-not-refused": (
                 "require(index_residuals is None,",
                 "require(True,",
-                f"{KERNELS}/test_memory_scan.py {INDEX}",
+                f"{KERNELS}/test_memory_scan.py::test_an_index_is_for_the_cpu",
             ),
         },
     ),
@@ -770,7 +770,11 @@ FAULTS = [
         f"{KERNELS}/test_log_read.py::test_read {KERNELS}/test_log_read.py::test_more_chunks_than_pieces",
         {
             "a-piece-too-many": ("tl.where(first + p < used, width, 0)", "tl.where(first + p <= used, width, 0)"),
-            "padding-reads": ("own = tl.where((request >= 0) &", "own = tl.where((request >= -1) &"),
+            "padding-reads": (
+                "own = tl.where((request >= 0) &",
+                "own = tl.where((request >= -1) &",
+                f"{KERNELS}/test_log_read.py::test_padding_reads_no_slot",
+            ),
         },
     ),
     *of(
@@ -1100,7 +1104,7 @@ FAULTS = [
             "a-window-aligned-left": (
                 "(0, 0) * (x.dim() - 2) + (kept - x.shape[1], 0)) for x in columns]",
                 "(0, 0) * (x.dim() - 2) + (0, kept - x.shape[1])) for x in columns]",
-                f"{STATE}::test_a_fork_and_its_origin_go_their_own_ways {PACKED}",
+                f"{PACKING}::test_a_mask_may_come_later",
             ),
             "folded-records-still-count": (
                 "committed=self.committed * 0,",
@@ -1120,7 +1124,7 @@ FAULTS = [
             "folded-ragged-records-not-moved": (
                 "shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)",
                 "shift = torch.zeros_like(self.per_memory(self.open_tokens)).unsqueeze(1)",
-                f"{PACKING}::test_a_row_restarts_after_its_log_was_folded {PACKED}",
+                f"{INDEX}::test_reading_with_an_index_is_the_reference",
             ),
         },
     ),
@@ -1141,7 +1145,7 @@ FAULTS = [
             "another-version": (
                 'require(metadata.get("version") == str(VERSION),',
                 'require(metadata.get("version") is not None,',
-                STATE,
+                f"{STATE}::test_another_version_is_refused",
             ),
             "what-is-behind-is-saved": (
                 "torch.where(written.view(*written.shape, *(1,) * (x.dim() - 2)), x[:, :width], 0)",
@@ -1185,16 +1189,6 @@ FAULTS = [
                 "is_open = (index > first.unsqueeze(1))",
                 f"{FUNCTIONAL}::test_flush",
             ),
-            "rounded-log-written-by-two": (
-                "return dataclasses.replace(self, records=kept.unshared())",
-                "return dataclasses.replace(self, records=kept)",
-                f"{STATE}",
-            ),
-            "scaled-log-written-by-two": (
-                "self.records.tip).unshared()\n        return",
-                "self.records.tip)\n        return",
-                STATE,
-            ),
             "an-index-of-some-memories": (
                 "(index.covered == lengths).all()",
                 "(index.covered == lengths).any()",
@@ -1237,7 +1231,7 @@ FAULTS = [
             "open-tokens-not-in-the-loss": (
                 "pairs = pairs + (before[0].shape[1] if",
                 "pairs = pairs + (0 if",
-                PACKED,
+                f"{FUNCTIONAL}::test_losses_of_calls_are_those_of_one",
             ),
             "masked-targets-are-stored": (
                 "torch.where(mask[:, :, start:], gates, 0.0)",

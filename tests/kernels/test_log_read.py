@@ -80,6 +80,29 @@ def test_many_slots_a_token_and_wide_values():
     assert_read(draw(2, [20, 33], True, torch.float32, tokens=2, chunk_size=9, n=50, fanout=70, width=530, page=16))
 
 
+def test_a_length_beyond_the_pages_is_all_of_them():
+    requests = draw(4, [12], False, torch.float32, tokens=2, chunk_size=4, page=4)
+    a = requests.arguments
+    a["requests"].fill_(0)
+    a["weights"].nan_to_num_(0.5)
+    a["slots"].clamp_(max=a["values"].shape[0] - 1)
+    a["lengths"].fill_(12)
+    assert_read(requests)
+    want = cuda.forward(*as_operator(requests))
+    a["lengths"].fill_(1 << 40)
+    assert torch.equal(cuda.forward(*as_operator(requests)), want)
+
+
+def test_padding_reads_no_slot():
+    """Whatever its slots and weights are, and requests that there are not."""
+    requests = draw(5, [8, 4], False, torch.float32, tokens=4)
+    requests.arguments["requests"].copy_(torch.tensor([-1, 2, -7, 1 << 30]))
+    requests.arguments["slots"].zero_()
+    requests.arguments["weights"].fill_(torch.nan)
+    requests.arguments["lengths"].fill_(4)
+    assert not cuda.forward(*as_operator(requests)).any()
+
+
 @pytest.mark.unpoisoned
 @given(**requests_and_sizes | {"tokens": st.integers(1, 4)})
 def test_bits_do_not_depend_on_the_batch(seed, lengths, early, **sizes):

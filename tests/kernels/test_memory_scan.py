@@ -292,6 +292,13 @@ def test_opcheck(requires_grad, monkeypatch):
     )
 
 
+def test_an_index_is_for_the_cpu():
+    named = draw_scan(Draw(9), Size(1, 1, 2, 2, 4, 5))
+    values, *others = named.values()
+    with pytest.raises(ValueError, match="log is an IndexedLog; expected a Log"):
+        memory_scan.forward(values, *others, 4, torch.zeros(1, 2, 5), [])
+
+
 class NothingAskedOfTheGpu(TorchDispatchMode):
     """Fail on what would make the host wait for numbers on a GPU."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fwpkm import ops
-from fwpkm.ops import Log
+from fwpkm.ops import IndexedLog, Level, Log
 
 QUERY, KEYS = torch.randn(2, 3, 1, 4), torch.randn(2, 1, 2, 5, 2)
 SUB_SCORES, SUB_SLOTS = torch.randn(2, 3, 1, 2, 2), torch.zeros(2, 3, 1, 2, 2, dtype=torch.int64)
@@ -19,6 +19,10 @@ LOG = Log(
     lengths=torch.tensor([5]),
     lookahead=1,
 )
+LEVEL = Level(
+    torch.tensor([1, 4]), torch.tensor([0, 2]), torch.randn(2), torch.tensor([3, 5, 8]), torch.randn(3, VALUES.shape[1])
+)
+INDEXED = IndexedLog(9, torch.randn(1, 5, 3), (LEVEL,))
 HEADS = {"query": (2, 3, 1, 4), "key": (2, 3, 1, 4), "value": (2, 3, 2, 5), "decay": (2, 3, 2), "beta": (2, 3, 2)}
 RULE = {name: torch.randn(*shape) for name, shape in HEADS.items()}
 
@@ -176,6 +180,24 @@ BAD = [
     (ops.memory_read, {"weights": WEIGHTS * float("nan")}, "weights holds NaN; expected numbers"),
     (ops.memory_scan, {"log": LOG._replace(chunks=LOG.chunks.int())}, "log.chunks.dtype is torch.int32; expected"),
     (ops.memory_scan, {"log": LOG._replace(residuals=LOG.residuals[..., :1])}, r"log.residuals.shape is \[1, 5, 1\]"),
+    *(
+        (ops.memory_scan, {"log": INDEXED._replace(**wrong)}, message)
+        for wrong, message in [
+            ({"n_slots": 4}, "log.n_slots is 4; expected a divisor of the 9 rows of values"),
+            ({"residuals": torch.randn(2, 5, 3)}, r"log.residuals.shape is \[2, 5, 3\]; expected \[1, R, 3\]"),
+            (
+                {"residuals": torch.randn(1, 5, 3).half()},
+                "log.residuals.dtype is torch.float16; expected torch.float32",
+            ),
+            ({"levels": (LEVEL._replace(records=LEVEL.records[:1]),)}, r"log.levels\[0\].records.shape is \[1\]; ex"),
+            ({"levels": (LEVEL, LEVEL._replace(sums=torch.randn(2, 3)))}, r"log.levels\[1\].sums.shape is \[2, 3\]"),
+            ({"levels": (LEVEL._replace(keys=LEVEL.keys.int()),)}, r"log.levels\[0\].keys.dtype is torch.int32; exp"),
+            (
+                {"levels": (LEVEL._replace(weights=LEVEL.weights.double()),)},
+                r"log.levels\[0\].weights.dtype is torch.f",
+            ),
+        ]
+    ),
     (ops.memory_scan, {"log": LOG._replace(coefficients=LOG.coefficients.half())}, "log.coefficients.dtype is torch.f"),
 ]
 
@@ -183,6 +205,10 @@ BAD = [
 @pytest.mark.parametrize("operator", GOOD, ids=lambda operator: operator.__name__)
 def test_the_good_call_is_good(operator):
     operator(**GOOD[operator])
+
+
+def test_a_good_index_is_good():
+    ops.memory_scan(**GOOD[ops.memory_scan] | {"log": INDEXED})
 
 
 @pytest.mark.parametrize(("operator", "wrong", "message"), BAD)

@@ -195,6 +195,18 @@ def test_gradient_by_finite_differences(make, seed):
 
 
 @every_operator
+def test_gradient_of_one_input_alone(make):
+    """It is what it is where the other inputs have one too."""
+    case = make(Draw(8), P)
+    floats = with_gradient(case)
+    want = torch.autograd.grad(sum(x.sin().sum() for x in floating(case(*floats))), floats)
+    for i, gradient in enumerate(want):
+        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(floats)]
+        total = sum(x.sin().sum() for x in floating(case(*alone)))
+        assert torch.equal(torch.autograd.grad(total, alone[i])[0], gradient)
+
+
+@every_operator
 @pytest.mark.parametrize("tokens", [P, 0])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
