@@ -2,7 +2,12 @@
 replay.
 """
 
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
+from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,3 +38,32 @@ def strided(x: Tensor) -> Tensor:
     view = padded[(slice(None, None, 2),) * x.dim()]
     view.copy_(x)
     return view.detach()
+
+
+Choices = Callable[[random.Random], Any] | Sequence[Any]
+
+
+def choose(pick: random.Random, choices: Mapping[str, Choices]) -> dict[str, Any]:
+    """One of each, drawn by itself."""
+    return {name: values(pick) if callable(values) else pick.choice(values) for name, values in choices.items()}
+
+
+def also(count: int, **choices: Choices) -> Callable[[Any], Any]:
+    """Examples besides those of Hypothesis, which come in runs that are alike: of these every argument is drawn by
+    itself, so that few of them meet many combinations. The same ones each time.
+    """
+
+    def decorate(test: Any) -> Any:
+        for seed in range(count):
+            test = example(**choose(random.Random(seed), choices))(test)
+        return test
+
+    return decorate
+
+
+def any_seed(pick: random.Random) -> int:
+    return pick.randrange(2**31)
+
+
+def any_cuts(pick: random.Random) -> list[int]:
+    return [pick.randint(1, 19) for _ in range(pick.randint(0, 4))]

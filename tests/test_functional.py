@@ -13,23 +13,25 @@ from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory, reference
 from fwpkm.memory import KEY_UPDATES, NONLINEARITIES, SCOPES, WRITE_SCALES
-from tests.draws import Draw, seeds
+from tests.draws import Draw, also, any_cuts, any_seed, choose, seeds
 
-configs = st.builds(
-    MemoryConfig,
-    topk=st.integers(1, 4),
-    chunk_size=st.integers(1, 7),
-    lookahead=st.integers(0, 2),
-    learning_rate=st.sampled_from([0.5, 1.0]),
-    write_scale=st.sampled_from(WRITE_SCALES),
-    score=st.sampled_from(["idw", "dot"]),
-    temperature=st.sampled_from([0.7, 1.0]),
-    nonlinearity=st.sampled_from(NONLINEARITIES),
-    key_update=st.sampled_from(KEY_UPDATES),
-    scope=st.sampled_from(SCOPES),
-    detach_every=st.sampled_from([None, None, 1, 2]),
-)
-sizes = {"batch": st.integers(1, 3), "length": st.integers(1, 20), "heads": st.integers(1, 2), "n": st.integers(4, 5)}
+OPTIONS = {
+    "topk": range(1, 5),
+    "chunk_size": range(1, 8),
+    "lookahead": range(3),
+    "learning_rate": [0.5, 1.0],
+    "write_scale": WRITE_SCALES,
+    "score": ["idw", "dot"],
+    "temperature": [0.7, 1.0],
+    "nonlinearity": NONLINEARITIES,
+    "key_update": KEY_UPDATES,
+    "scope": SCOPES,
+    "detach_every": [None, None, 1, 2],
+}
+SIZES = {"batch": range(1, 4), "length": range(1, 21), "heads": range(1, 3), "n": range(4, 6)}
+configs = st.builds(MemoryConfig, **{name: st.sampled_from(values) for name, values in OPTIONS.items()})
+sizes = {name: st.sampled_from(values) for name, values in SIZES.items()}
+any_case = {"config": lambda pick: MemoryConfig(**choose(pick, OPTIONS)), "seed": any_seed} | SIZES
 
 
 OVERSHOT = 1e3  # a write scale that overshoots makes numbers grow without bound, and rounding with them
@@ -82,6 +84,7 @@ def dense(state: MemoryState) -> Tensor:
     return state.dense_values().view(state.memories, state.n_slots, -1)
 
 
+@also(30, **any_case, training=[False, True], partial=[False, True])
 @given(config=configs, seed=seeds, training=st.booleans(), partial=st.booleans(), **sizes)
 def test_equals_the_reference(config, seed, training, partial, **size):
     inputs = draw_inputs(seed, **size)
@@ -95,6 +98,7 @@ def test_equals_the_reference(config, seed, training, partial, **size):
     assert_close(dense(have.state), want.values)
 
 
+@also(30, **any_case)
 @given(config=configs, seed=seeds, **sizes)
 def test_gradients_equal_the_reference(config, seed, **size):
     inputs = draw_inputs(seed, **size)
@@ -121,6 +125,7 @@ def test_gradients_equal_the_reference(config, seed, **size):
         assert_close(have, want, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"gradient of {name}: {m}")
 
 
+@also(30, **any_case, cuts=any_cuts, training=[False, True])
 @given(config=configs, seed=seeds, cuts=st.lists(st.integers(1, 19), max_size=8), training=st.booleans(), **sizes)
 def test_streaming(config, seed, cuts, training, **size):
     """However a sequence is cut into calls, outputs, memory and gradients are the same."""

@@ -13,9 +13,9 @@ from fwpkm import MemoryConfig, fast_weight_memory, ops, reference
 from fwpkm.memory import log_index, state
 from fwpkm.memory.log_index import LogIndex
 from fwpkm.ops import IndexedLog, Log
-from tests.draws import Draw, seeds
-from tests.test_functional import OVERSHOT, configs, dense, draw_inputs, sizes
-from tests.test_packing import flags, masks
+from tests.draws import Draw, also, seeds
+from tests.test_functional import OVERSHOT, any_case, configs, dense, draw_inputs, sizes
+from tests.test_packing import MASKED, flags, masks
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,14 @@ def test_an_index_of_chosen_memories(seed, memories, records, chunk, lookahead, 
     assert_close(have, ops.memory_scan(**inputs, log=kept))
 
 
+@also(
+    40,
+    **{name: choices for name, choices in any_case.items() if name != "length"},
+    masked=MASKED,
+    restarts=[None, 0.1, 0.3],
+    cuts=lambda pick: [pick.randint(1, 39) for _ in range(pick.randint(0, 12))],
+    fold=[False, True],
+)
 @given(
     config=configs,
     seed=seeds,

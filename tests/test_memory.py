@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
-from fwpkm.memory.formulas import reads_of_slot, relative_write_scale
+from fwpkm.memory import WRITE_SCALES
+from fwpkm.memory.formulas import reads_of_slot, relative_write_scale, weights_of, write_coefficients
 from tests.draws import Draw
 
 QUERY, TARGET, GATE = torch.randn(2, 6, 1, 4), torch.randn(2, 6, 3), torch.rand(2, 6)
@@ -138,6 +139,18 @@ def test_relative_write_scale():
     scale = relative_write_scale(config, torch.tensor([8, 4, 2]))
     assert scale.tolist() == pytest.approx([1, (4 / 2) / (8 / 6), 0])
     assert relative_write_scale(dataclasses.replace(config, write_scale="paper"), torch.tensor([4])) == 1
+
+
+@pytest.mark.parametrize("scale", WRITE_SCALES)
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_weights_are_had_back_from_coefficients(scale, rate):
+    """Of tokens with no weight too; where nothing is ever written there are none."""
+    config = MemoryConfig(chunk_size=5, lookahead=2, write_scale=scale, learning_rate=rate)
+    weights = Draw(0).normal(2, 3, 4)
+    weights[0, 1] = 0
+    torch.testing.assert_close(weights_of(write_coefficients(weights, config), config), weights)
+    for never in (dataclasses.replace(config, learning_rate=0.0), dataclasses.replace(config, chunk_size=2)):
+        assert not weights_of(write_coefficients(weights, never), never).any()
 
 
 def test_reads_of_slot():

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from fwpkm import MemoryConfig, MemoryState, fast_weight_memory, reference
 from fwpkm.memory import COUNTS, KEY_UPDATES
-from tests.draws import Draw, seeds
-from tests.test_functional import OVERSHOT, Inputs, configs, dense, draw_inputs, sizes
+from tests.draws import Draw, also, any_cuts, seeds
+from tests.test_functional import OVERSHOT, Inputs, any_case, configs, dense, draw_inputs, sizes
 
-masks = st.sampled_from([None, 0.0, 0.3, 0.8])
-resets = st.sampled_from([None, 0.0, 0.15, 0.5])
+MASKED, RESTARTS, LOG_DTYPES = [None, 0.0, 0.3, 0.8], [None, 0.0, 0.15, 0.5], ["float32", "float32", "bfloat16"]
+masks, resets = st.sampled_from(MASKED), st.sampled_from(RESTARTS)
 splits = st.lists(st.integers(1, 19), max_size=4)
 
 
@@ -38,6 +38,16 @@ def run(inputs: Inputs, config: MemoryConfig, cuts: list[int], **options: Any) -
     return torch.cat(outputs, 1), result
 
 
+@also(
+    60,
+    **any_case,
+    masked=MASKED,
+    restarts=RESTARTS,
+    cuts=lambda pick: any_cuts(pick) if pick.random() < 0.5 else [],
+    training=[False, True],
+    partial=[False, True],
+    log_dtype=LOG_DTYPES,
+)
 @given(
     config=configs,
     seed=seeds,
@@ -46,7 +56,7 @@ def run(inputs: Inputs, config: MemoryConfig, cuts: list[int], **options: Any) -
     cuts=splits,
     training=st.booleans(),
     partial=st.booleans(),
-    log_dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
+    log_dtype=st.sampled_from(LOG_DTYPES),
     **sizes,
 )
 def test_equals_the_reference(config, seed, masked, restarts, cuts, training, partial, log_dtype, **size):
@@ -160,6 +170,7 @@ def test_masked_is_removed(config, seed, masked, left, cuts, **size):
                 assert getattr(state, name)[row] == getattr(want.state, name)
 
 
+@also(20, **any_case, cut=range(1, 20))
 @given(config=configs, seed=seeds, cut=st.integers(1, 19), **sizes)
 def test_a_mask_may_come_later(config, seed, cut, **size):
     """A memory that has read whole rows goes on with masked ones, in the middle of a chunk too."""

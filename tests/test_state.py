@@ -18,9 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
-from tests.draws import seeds
-from tests.test_functional import OVERSHOT, Inputs, configs, dense, draw_inputs, sizes
-from tests.test_packing import flags, masks, run
+from fwpkm.memory.forget import forget
+from tests.draws import also, choose, seeds
+from tests.test_functional import OPTIONS, OVERSHOT, Inputs, any_case, configs, dense, draw_inputs, sizes
+from tests.test_packing import MASKED, flags, masks, run
+
+
+def long_chunks(pick):
+    return MemoryConfig(**choose(pick, OPTIONS | {"chunk_size": range(4, 8)}))
+
 
 RECORDS = ("slots", "coefficients", "residuals", "chunks", "gates")
 
@@ -132,6 +138,7 @@ def test_select(config, seed, masked, picks, **size):
     assert_close(dense(have.state), dense(want.state)[picks])
 
 
+@also(60, **any_case | {"config": long_chunks}, masked=MASKED, drop=range(1, 4))
 @given(config=configs, seed=seeds, masked=masks, drop=st.integers(0, 6), **sizes)
 def test_crop(config, seed, masked, drop, **size):
     """A state without its last tokens is the state before them; what is committed is not taken back."""
@@ -312,3 +319,25 @@ def test_memory_that_nobody_wrote_is_not_saved(tmp_path):
 def test_bad_use(saved, call, message):
     with pytest.raises(ValueError, match=message):
         call(saved[0])
+
+
+def test_only_whole_chunks_are_forgotten():
+    config = MemoryConfig(topk=2, chunk_size=4, key_update="slow")
+    inputs = draw_inputs(3, 1, 10, 1, 9)
+    with torch.no_grad():
+        state = fast_weight_memory(*inputs[:3], inputs.weights, config).state
+    flushed = state.flush()
+    for first, last, edge in ((0, 2, 2), (3, 8, 3), (4, 9, 9)):
+        with pytest.raises(
+            ValueError, match=rf"records is \[{first}, {last}\]; expected whole chunks: .* across {edge}"
+        ):
+            forget(flushed, first, last)
+    with pytest.raises(ValueError, match=r"records is \[4, 11\]; expected a range in the log's 10"):
+        forget(flushed, 4, 11)
+    with pytest.raises(ValueError, match="state is in an open chunk; expected one that was flushed"):
+        forget(state, 0, 4)
+    moved = fast_weight_memory(*inputs[:3], inputs.weights, dataclasses.replace(config, key_update="fast")).state
+    with pytest.raises(ValueError, match="key_update is 'fast'; expected a memory whose keys stay"):
+        forget(moved.flush(), 0, 4)
+    assert forget(flushed, 4, 4) is flushed
+    assert forget(flushed, 8, 10).committed == 8

@@ -45,7 +45,9 @@ def main(only: Only = None, limit: Limit = 300.0, out: Out = ROOT / "out" / "fau
         for i, fault in enumerate(due, 1):
             with tree.planted(fault):
                 outcome = tree.run(fault.tests, limit, module_of(fault))
-            console.print(f"{i}/{len(due)} {fault.name}: {outcome.status}, {outcome.seconds:.1f} s {outcome.by}")
+            console.print(
+                f"{i}/{len(due)} {fault.name}: {outcome.status}, {outcome.seconds:.1f} s {outcome.by}", markup=False
+            )
             found[fault.name] = {
                 "file": fault.file,
                 "status": outcome.status,

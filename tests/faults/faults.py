@@ -249,7 +249,11 @@ FAULTS = [
                 "before = (origin + chunk_size - 1) // chunk_size",
                 "before = origin // chunk_size",
             ),
-            "an-uncommitted-residual-is-read": ("(carrier < lengths[reader])", "(carrier <= lengths[reader])"),
+            "an-uncommitted-residual-is-read": (
+                "(carrier < lengths[reader])",
+                "(carrier <= lengths[reader])",
+                "tests/ops/test_log_read.py::test_lengths_that_cut_a_chunk",
+            ),
             "uncommitted-records-match": ("(record < lengths[reader])", "(record <= lengths[reader])"),
             "a-block-too-many": ("counts = (lengths + page - 1) // page", "counts = lengths // page + 1"),
             "readers-collide": ("span = lengths.amax() + 1 if", "span = lengths.amax() if"),
@@ -280,7 +284,7 @@ FAULTS = [
             "samples-share-a-gradient-of-values": (
                 "if in_dims[1] is not None or values_need_grad:",
                 "if in_dims[1] is not None:",
-                f"{TRANSFORMS}::test_batched_gradients {TRANSFORMS}::test_vmap_over_any_inputs",
+                f"{TRANSFORMS}::test_vmap_equals_a_loop[gradients-0-memory_read]",
             ),
             "values-gradient-costs-nothing": (
                 "return (4 if values_need_grad else 2) *",
@@ -310,7 +314,7 @@ FAULTS = [
             "sequences-of-memories-overlap": (
                 "device=slots.device) * n_sequences).view(-1, 1, 1)",
                 "device=slots.device)).view(-1, 1, 1)",
-                PACKED,
+                f"{PACKING}::test_packed_is_separate",
             ),
             "a-new-sequence-reads-the-index": (
                 "torch.where(keys % per_memory < n_slots, own, -1)",
@@ -472,7 +476,7 @@ FAULTS = [
             "groups-of-neighbours": (
                 "(torch.arange(_GROUP, device=x.device) * stride)",
                 "(torch.arange(_GROUP, device=x.device) * _GROUP)",
-                f"{VALUES}::test_topk_with_ties {FUNCTIONAL}::test_float32_within_tolerance_at_a_larger_size",
+                f"{VALUES}::test_topk_of_many_sub_keys",
             ),
             "fake-of-swapped-dimensions": (
                 "slots.new_empty((*leading, 2, k))",
@@ -557,6 +561,7 @@ FAULTS = [
             "an-origin-makes-no-chunk": (
                 "-(-capacity // chunk_size) + 1) if capacity",
                 "-(-capacity // chunk_size)) if capacity",
+                f"{KERNELS}/test_log_read.py::test_an_origin_makes_a_chunk_more",
             ),
             "turns-share-the-first-tokens": (
                 "x[first : first + turn] for x in by_token",
@@ -575,7 +580,7 @@ FAULTS = [
             "fake-outputs-in-float32": (
                 "grad_weights = weights.new_empty(weights.shape)",
                 "grad_weights = values.new_empty(weights.shape)",
-                f"{KERNELS}/test_half_precision.py::test_as_the_cpu_operator",
+                f"{KERNELS}/test_memory_read.py::test_opcheck_in_half_precision",
             ),
         },
     ),
@@ -586,6 +591,7 @@ FAULTS = [
             "the-lowest-sequence-has-the-log": (
                 "ascending.diff(prepend=ascending.new_zeros(1)) != 0",
                 "ascending.diff(prepend=ascending[:1]) != 0",
+                f"{KERNELS}/test_memory_scan.py::test_a_log_goes_with_sequence_0",
             ),
             "commits-done-twice": ("undo = -entries.sort(coefficients)", "undo = entries.sort(coefficients)"),
             "rows-cut-a-chunk-late": ("behind.zero_(grad_rows, s + 1)", "behind.zero_(grad_rows, s)"),
@@ -640,7 +646,11 @@ FAULTS = [
         "fwpkm/ops/cuda/product_key_topk.py",
         f"{KERNELS}/test_product_key_topk.py",
         {
-            "sub-scores-with-gaps": ("sub_scores.reshape(-1, n).contiguous())", "sub_scores.reshape(-1, n))"),
+            "sub-scores-with-gaps": (
+                "sub_scores.reshape(-1, n).contiguous())",
+                "sub_scores.reshape(-1, n))",
+                f"{KERNELS}/test_product_key_topk.py::test_gaps_between_the_sub_scores_of_one_head",
+            ),
             "gradients-not-zero-elsewhere": (
                 "grad.new_zeros((*grad.shape[:-1], n))",
                 "grad.new_empty((*grad.shape[:-1], n))",
@@ -659,9 +669,9 @@ FAULTS = [
                 "better[:, None] & (best == worst[:, None])",
                 "better[:, None] & (best <= worst[:, None] + 1)",
             ),
-            "positions-stay-complements": (
-                "return (keys.to(tl.int32) & _LOW_BITS) ^ _LOW_BITS",
-                "return keys.to(tl.int32) & _LOW_BITS",
+            "negative-numbers-rank-by-their-bits": (
+                "monotone = bits ^ ((bits >> 31) & _LOW_BITS)",
+                "monotone = bits",
             ),
         },
     ),
@@ -974,7 +984,11 @@ FAULTS = [
             "a-chunk-too-few": ("chunks[0, first]) + 1", "chunks[0, first])"),
             "later-chunks-keep-their-numbers": (", chunks - removed * later, gates", ", chunks, gates"),
             "the-origin-stays": ("origin=state.origin - (last - first)", "origin=state.origin"),
-            "half-a-chunk-is-forgotten": ("require(not inside,", "require(True,"),
+            "half-a-chunk-is-forgotten": (
+                "require(not inside,",
+                "require(True,",
+                f"{STATE}::test_only_whole_chunks_are_forgotten",
+            ),
         },
     ),
     *of(
@@ -985,11 +999,6 @@ FAULTS = [
                 "return weights * (config.learning_rate * weights.shape[-1] * length / (length - lookahead))",
                 "return weights * (config.learning_rate * weights.shape[-1])",
             ),
-            "relu-of-nothing-has-no-gradient": (
-                "weights * config.learning_rate / torch.where(empty, 1.0, norm)",
-                "weights * config.learning_rate / norm",
-                f"{GRADIENTS} {PACKED}",
-            ),
             "a-short-chunk-is-scaled": (
                 "torch.where(length <= lookahead, 0.0,",
                 "torch.where(length < lookahead, 0.0,",
@@ -998,7 +1007,7 @@ FAULTS = [
             "weights-of-twice-the-rate": (
                 "coefficients * rate / torch.where(norm == 0, 1.0, norm)",
                 "coefficients / rate / torch.where(norm == 0, 1.0, norm)",
-                f"{STATE}::test_crop",
+                "tests/test_memory.py::test_weights_are_had_back_from_coefficients",
             ),
             "empty-usage-is-nan": ("(mean * (mean + 1e-8).log())", "(mean * mean.log())"),
             "softmax-of-each-head": (
@@ -1017,6 +1026,7 @@ FAULTS = [
             "masked-tokens-use-sub-keys": (
                 "        probabilities = torch.where(mask[..., None, None, None], probabilities, 0.0)\n",
                 "        pass\n",
+                PACKED,
             ),
             "chunks-counted-together": ("(slots + chunks.unsqueeze(-1) * n_slots)", "(slots + chunks.unsqueeze(-1))"),
         },
@@ -1349,7 +1359,6 @@ FAULTS = [
         PACKED,
         {
             "no-chunk-divides-by-none": ("self.count.clamp_min(1)", "self.count.clamp_min(0)", REFERENCE),
-            "losses-that-do-not-exist": ("torch.where(exists, losses, 0.0).sum()", "losses.sum()"),
             "chunks-of-two-kinds": (
                 "not state.has_open or kept == moving,",
                 "not state.has_open or kept or not moving,",

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fwpkm.ops.cuda import log_read as cuda
+from tests.draws import Draw
 from tests.ops.test_log_read import alone, arguments, as_operator, draw, requests_and_sizes
-from tests.paged import Requests, plain_read
+from tests.paged import Requests, draw_requests, plain_read
 
 
 @pytest.fixture
@@ -32,6 +33,23 @@ def test_read(seed, lengths, early, **sizes):
 @pytest.mark.parametrize("seed", range(10))
 def test_chunks_are_counted_anew_from_an_origin(seed):
     assert_read(draw(seed, [14, 9], True, torch.float32, tokens=3, chunk_size=4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lengths_that_cut_a_chunk(seed):
+    assert_read(draw(seed, [14, 9], False, torch.float32, tokens=6, chunk_size=5, n=3, anywhere=True))
+
+
+def test_an_origin_makes_a_chunk_more():
+    """Of pages that are full: 2, 4, 4 and 2 records."""
+    requests = draw_requests(Draw(0, torch.float32), [12], 3, chunk_size=4, page=4, origins=[2], n=3)
+    a = requests.arguments
+    a["block_table"] = a["block_table"][:, :3]
+    a["requests"].fill_(0)
+    a["lengths"].fill_(12)
+    a["weights"].nan_to_num_(0.5)
+    a["slots"].clamp_(max=2)
+    assert_read(requests)
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -57,6 +57,15 @@ def test_opcheck(interpreted, tokens, requires_grad):
     torch.library.opcheck(torch.ops.fwpkm.memory_read_backward.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_in_half_precision(interpreted, dtype):
+    draw = Draw(3, torch.float32)
+    values, slots, weights = draw.normal(5, 4), draw.integers(5, 3, 2), draw.normal(3, 2).to(dtype)
+    torch.library.opcheck(torch.ops.fwpkm.memory_read.default, (values, slots, weights.requires_grad_()))
+    arguments = (draw.normal(3, 4).to(dtype), values, slots, weights.detach(), True)
+    torch.library.opcheck(torch.ops.fwpkm.memory_read_backward.default, arguments)
+
+
 def test_autograd_and_transforms(interpreted, monkeypatch):
     draw = Draw(2, torch.float32)
     values, slots, weights = draw.normal(5, 4), draw.integers(5, 3, 2), draw.normal(3, 2)

@@ -292,6 +292,17 @@ def test_opcheck(requires_grad, monkeypatch):
     )
 
 
+def test_a_log_goes_with_sequence_0():
+    """Which may have no token in a call; the lowest number that has is another."""
+    named = draw_scan(Draw(10), Size(records=9, n_sequences=1))
+    named["log_lengths"].fill_(9)
+    without = dict.fromkeys(LOG[:-1])
+    for number in (0, 3):
+        named["sequences"].fill_(number)
+        (have, *_), (bare, *_) = (memory_scan.forward(*x.values(), *NO_INDEX) for x in (named, named | without))
+        assert torch.equal(have, bare) == (number > 0)
+
+
 def test_an_index_is_for_the_cpu():
     named = draw_scan(Draw(9), Size(1, 1, 2, 2, 4, 5))
     values, *others = named.values()

@@ -36,6 +36,10 @@ def test_topk_with_ties(seed, levels, n, leading, gaps, data):
     check(strided(sub_scores) if gaps else sub_scores, k)
 
 
+def test_gaps_between_the_sub_scores_of_one_head():
+    check(strided(Draw(0, torch.float32).normal(1, 2, 9)), 3)
+
+
 @pytest.mark.parametrize(("n", "k"), [(1100, 32), (33, 32)])
 def test_topk_of_several_blocks(n, k):
     """Ties across blocks of sub-keys; levels half apart, whose sums are exact."""

@@ -54,6 +54,13 @@ def test_chunks_are_counted_anew_from_an_origin(seed):
     assert_close(requests.read(), plain_read(requests))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_lengths_that_cut_a_chunk(seed):
+    """The record after the last that counts is in its chunk, and its residual is not there yet."""
+    requests = draw(seed, [14, 9], False, tokens=6, chunk_size=5, n=3, anywhere=True)
+    assert_close(requests.read(), plain_read(requests))
+
+
 @given(**requests_and_sizes)
 def test_float32_within_tolerance_of_float64(seed, lengths, early, **sizes):
     requests = draw(seed, lengths, early, torch.float32, **sizes)

@@ -12,6 +12,7 @@ from fwpkm.ops import IndexedLog, Level, Log
 from tests.draws import Draw, strided
 
 M, S, P, H, N_SUB, HALF, DV, TOPK = 2, 3, 5, 2, 4, 3, 3, 2
+BEST = 3  # of a codebook: not as many as there are codebooks
 N = N_SUB**2
 
 
@@ -28,18 +29,18 @@ class Case(NamedTuple):
 
 
 def topk_case(draw: Draw, tokens: int) -> Case:
-    return Case(ops.product_key_topk, {"sub_scores": draw.normal(M, tokens, H, 2, N_SUB)}, {"k": TOPK})
+    return Case(ops.product_key_topk, {"sub_scores": draw.normal(M, tokens, H, 2, N_SUB)}, {"k": BEST})
 
 
 def address_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = False) -> Case:
     keys = draw.normal(1 if shared else M, H, 2, N_SUB, HALF)
     floats = {"query": draw.normal(M, tokens, H, 2 * HALF), "keys": keys}
-    return Case(ops.product_key_address, floats, {"k": TOPK, "score": score})
+    return Case(ops.product_key_address, floats, {"k": BEST, "score": score})
 
 
 def key_commit_case(draw: Draw, tokens: int, score: str = "idw", masked: bool = False, shared: bool = False) -> Case:
     query, keys = draw.normal(M, tokens, H, 2 * HALF), draw.normal(1 if shared else M, H, 2, N_SUB, HALF)
-    _, _, sub_scores, sub_slots = ops.product_key_address(query, keys, TOPK, score)
+    _, _, sub_scores, sub_slots = ops.product_key_address(query, keys, BEST, score)
     mask = draw.integers(2, M, tokens).bool() if masked else None
     floats = {"query": query, "keys": keys, "sub_scores": sub_scores}
     return Case(ops.key_commit, floats, {"sub_slots": sub_slots, "mask": mask, "rate": 0.7, "score": score})
@@ -51,7 +52,7 @@ def key_scan_case(draw: Draw, tokens: int, score: str = "idw", shared: bool = Fa
         "keys": draw.normal(1 if shared else M, H, 2, N_SUB, HALF),
     }
     mask = draw.integers(4, M, S, tokens) > 0
-    others = {"k": TOPK, "mask": mask, "rate": 0.7, "score": score}
+    others = {"k": BEST, "mask": mask, "rate": 0.7, "score": score}
     return Case(ops.product_key_scan, floats, others | {"cut": draw.integers(2, M, S).bool() if cut else None})
 
 

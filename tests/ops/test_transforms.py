@@ -300,14 +300,15 @@ def test_write_under_transforms_is_refused():
     assert torch.equal(values, before)
 
 
-# Two operations a multiply-add. 20 queries (2 memories, 5 tokens, 2 heads) of two halves, times 4 sub-keys of width 3;
-# 20 rows of width 3 a chunk, 3 chunks read and 2 written; 28 log entries. The backward takes two products for one, and
-# undoes the writes. 4 rows of the delta rule: a chunk of 5 tokens, keys of width 4, values of width 3.
+# Two operations a multiply-add. 20 queries (2 memories, 5 tokens, 2 heads) of two halves, times 4 sub-keys of width 3,
+# of which 3 are selected; 20 rows of width 3 a chunk, 3 chunks read and 2 written; 28 log entries. The backward takes
+# two products for one, and undoes the writes. 4 rows of the delta rule: a chunk of 5 tokens, keys of width 4, values
+# of width 3.
 FLOPS = {
     "product_key_topk": (0, 0),
-    "product_key_address": (2 * 20 * 2 * 4 * 3, 4 * 20 * 2 * 2 * 3),
-    "key_commit": (2 * 20 * 2 * 2 * 3, 4 * 20 * 2 * 2 * 3),
-    "product_key_scan": (2 * 60 * 2 * 3 * (4 + 2), 8 * 60 * 2 * 3 * 2),
+    "product_key_address": (2 * 20 * 2 * 4 * 3, 4 * 20 * 2 * 3 * 3),
+    "key_commit": (2 * 20 * 2 * 3 * 3, 4 * 20 * 2 * 3 * 3),
+    "product_key_scan": (2 * 60 * 2 * 3 * (4 + 3), 8 * 60 * 2 * 3 * 3),
     "gated_delta_rule": (
         2 * 4 * (25 * (2.5 * 4 + 1.5 * 3) + 3 * 5 * 4 * 3),
         2 * 4 * (25 * (5.5 * 4 + 4 * 3) + 8 * 5 * 4 * 3),

@@ -29,6 +29,18 @@ def test_topk_with_ties(seed, n, levels, data, memories, tokens, heads):
     assert torch.equal(have[2], want[2])
 
 
+@pytest.mark.parametrize("n", [32, 64, 104])
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_topk_of_many_sub_keys(n, levels):
+    """Of which a few groups are looked at, if there are no ties for the last place."""
+    for k in (1, 3):
+        sub_scores = Draw(n + k).integers(levels, 3, 20, 2, 2, n).double()
+        for have, want in zip(
+            ops.product_key_topk(sub_scores, k), reference.product_key_topk(sub_scores, k), strict=True
+        ):
+            assert torch.equal(have, want)
+
+
 def test_topk_negative_zero_ties_with_zero():
     sub_scores = torch.tensor([[[-0.0, 0.0, -0.0], [0.0, -0.0, 0.0]]])
     _, slots, sub_slots = ops.product_key_topk(sub_scores, 2)
