@@ -35,7 +35,7 @@ def read_columns(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Re
         if start < stop:
             read, state, loss = _read_run(state, tokens.part(start, stop), training)
             reads.append(read)
-            losses += loss
+            losses = losses + loss
     return Read(*(x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*reads, strict=True))), state, losses
 
 

@@ -86,7 +86,7 @@ def fast_weight_memory(
         else:
             read, state, losses = read_columns(state, tokens, training)
         if commit_partial:
-            losses += _open_loss(state)
+            losses = losses + _open_loss(state)
             state = state.flush()
         if shared:
             read = Read(*(rearrange(x, "1 (t b) d -> b t d", t=length) for x in read))
