@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fwpkm.checks import require, require_choice
+from fwpkm.ops.product_key_address import SCORES
 
 WRITE_SCALES = ("reference", "paper", "exact")
 NONLINEARITIES = ("softmax", "relu", "silu")
@@ -64,7 +65,7 @@ class MemoryConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
         choices = {
             "write_scale": WRITE_SCALES,
-            "score": ("idw", "dot"),
+            "score": SCORES,
             "nonlinearity": NONLINEARITIES,
             "key_update": KEY_UPDATES,
             "scope": SCOPES,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.memory.config import MemoryConfig
-from fwpkm.ops.key_commit import mean_usage
+from fwpkm.ops.key_commit import ENTROPY_EPS, mean_usage
 
 
 def keys_commit(config: MemoryConfig, training: bool) -> bool:
@@ -79,7 +79,7 @@ def subkey_usage(sub_scores: Tensor, sub_slots: Tensor, mask: Tensor | None, n: 
 def addressing_loss(usage: Tensor, pairs: Tensor | float) -> Tensor:
     """``L_addr`` (2.7) of chunks with a :func:`subkey_usage` of ``[..., 2, n]`` by ``pairs`` (token, head) pairs."""
     mean = usage / pairs
-    return (mean * (mean + 1e-8).log()).sum((-1, -2))
+    return (mean * (mean + ENTROPY_EPS).log()).sum((-1, -2))
 
 
 def residual_dtype(config: MemoryConfig, training: bool) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from fwpkm.ops.product_key_address import (
     selected_by_codebook,
 )
 
-_ENTROPY_EPS = 1e-8
+ENTROPY_EPS = 1e-8
 
 
 def key_commit(
@@ -93,7 +93,7 @@ def _addressing_loss(sub_scores: Tensor, sub_slots: Tensor, mask: Tensor | None,
         pairs = mask.sum(1).to(probabilities.dtype) * heads
     pairs = pairs.clamp_min(1)  # no token: no usage, no step
     usage = mean_usage(probabilities, sub_slots, pairs, n)
-    u = ((usage + _ENTROPY_EPS).log() + usage / (usage + _ENTROPY_EPS)) / pairs.view(-1, 1, 1)
+    u = ((usage + ENTROPY_EPS).log() + usage / (usage + ENTROPY_EPS)) / pairs.view(-1, 1, 1)
     pull = _at(u, sub_slots)
     gradient = probabilities * (pull - (probabilities * pull).sum(-1, keepdim=True))
     return _Loss(pairs, probabilities, usage, pull, gradient)
@@ -181,8 +181,8 @@ def _backward_cpu(
     # u = f(p-bar) / pairs with f'(x) = 1 / (x + e) + e / (x + e)^2, and p-bar = sum p / pairs.
     pairs = loss.pairs.view(-1, 1, 1)
     grad_u = mean_usage(probabilities * (grad_gradient - inner), sub_slots, loss.pairs, n)  # already over pairs
-    shifted = loss.usage + _ENTROPY_EPS
-    grad_usage = grad_u * (1 / shifted + _ENTROPY_EPS / shifted.square()) / pairs
+    shifted = loss.usage + ENTROPY_EPS
+    grad_usage = grad_u * (1 / shifted + ENTROPY_EPS / shifted.square()) / pairs
     grad_probabilities = grad_probabilities + _at(grad_usage, sub_slots)
     # softmax; masked tokens have p = 0 and so no gradient
     grad_scores = probabilities * (grad_probabilities - (probabilities * grad_probabilities).sum(-1, keepdim=True))
