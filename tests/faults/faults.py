@@ -235,7 +235,7 @@ FAULTS = [
             "keys-gradient-has-the-other-sign": ("grad_keys = grad + rate *", "grad_keys = grad - rate *"),
             "softmax-pull-not-centred": ("keepdim=True)) - inner * pull", "keepdim=True))"),
             "usages-gradient-without-the-second-term": (
-                "(1 / shifted + _ENTROPY_EPS / shifted.square())",
+                "(1 / shifted + ENTROPY_EPS / shifted.square())",
                 "(1 / shifted)",
             ),
             "shared-keys-gradient-averaged": (
@@ -1017,7 +1017,7 @@ FAULTS = [
                 "coefficients / rate / torch.where(norm == 0, 1.0, norm)",
                 "tests/test_memory.py::test_weights_are_had_back_from_coefficients",
             ),
-            "empty-usage-is-nan": ("(mean * (mean + 1e-8).log())", "(mean * mean.log())"),
+            "empty-usage-is-nan": ("(mean * (mean + ENTROPY_EPS).log())", "(mean * mean.log())"),
             "softmax-of-each-head": (
                 "return scaled.softmax(-1)",
                 "return (scores / config.temperature).softmax(-1).flatten(-2)",
