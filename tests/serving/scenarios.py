@@ -624,3 +624,31 @@ def test_a_compiled_model(model):
     assert sum("fwpkm_vllm.memory_" in targets for targets in between) == 2
     others = [str(x.target) for piece in pieces if not piece.is_splitting_graph for x in piece.graph.graph.nodes]
     assert "fwpkm_vllm.memory_" not in others
+
+
+def test_slots_that_requests_touch_are_said(model, monkeypatch):
+    """After 1, 2, 4, ... chunks of 20 tokens, of each request and memory layer."""
+    from fwpkm_vllm import touched
+
+    said = []
+    monkeypatch.setattr(touched, "INTERVAL", 0.0)
+    monkeypatch.setattr(touched.logger, "info", lambda line, *figures: said.append(figures))
+    texts = prompts(19, 50, 190)
+    with engine(model.name_or_path) as llm:
+        generate(llm, texts, max_tokens=1)
+    with torch.no_grad():
+        slots = [model(torch.tensor([text])).slots for text in texts]
+    expected = [
+        100 * len(set(layer[0, :tokens].flatten().tolist())) / 144
+        for layers, text in zip(slots, texts, strict=True)
+        for layer in layers
+        for tokens in (20, 40, 80, 160)
+        # in pieces of 77 tokens for all, what a piece doubles more than once is counted once
+        if tokens <= len(text)
+    ]
+    for mean, n_slots, most, count in said:
+        assert n_slots == 144
+        assert any(abs(most - share) < 1e-9 for share in expected)
+        assert mean <= most + 1e-9
+        assert count >= 1
+    assert 8 <= sum(count for *_, count in said) <= len(expected)

@@ -25,6 +25,7 @@ from fwpkm.models.modeling import memory_layer
 from fwpkm_vllm import operator
 from fwpkm_vllm.pages import MemoryPages
 from fwpkm_vllm.step import serve
+from fwpkm_vllm.touched import SlotsTouched
 
 # The parts of vLLM's fused projections, as checkpoints have them.
 FUSED = {
@@ -40,8 +41,11 @@ MEMORY = ("keys", "values")  # tensors of a memory layer that may be buffers
 class DecoderBlock(nn.Module):
     """:class:`fwpkm.layers.block.DecoderBlock` for the tokens of many requests."""
 
-    def __init__(self, config: FwPKMConfig, index: int, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: FwPKMConfig, index: int, touched: SlotsTouched, vllm_config: VllmConfig, prefix: str
+    ) -> None:
         super().__init__()
+        self.touched = touched
         self.memory = self.pages = None
         if index in (config.fwpkm_layers or ()):
             self.memory = memory_layer(config)
@@ -94,6 +98,8 @@ class DecoderBlock(nn.Module):
         tokens = step.batch.requests.shape[0]
         out[:tokens] = serve(self.memory, hidden[:tokens], step)
         out[tokens:] = hidden[tokens:]  # padding
+        if self.pages.log.metadata is not None:
+            self.touched.count(step.log, self.pages.log.metadata.doubled)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
@@ -105,9 +111,9 @@ class FwPKMForCausalLM(nn.Module):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        start = f"{prefix}." if prefix else ""
+        start, touched = f"{prefix}." if prefix else "", SlotsTouched(config.fwpkm_n_subkeys**2)
         self.blocks = nn.ModuleList(
-            DecoderBlock(config, i, vllm_config, f"{start}blocks.{i}") for i in range(config.num_hidden_layers)
+            DecoderBlock(config, i, touched, vllm_config, f"{start}blocks.{i}") for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)

@@ -48,6 +48,7 @@ class PagesMetadata:
     places: Tensor  # [T]
     due: Sequence[tuple[int, int]]  # requests that complete a stretch in this step, and which, where logs are folded
     parts: Sequence[Part]  # of the step's tokens, where keys move
+    doubled: Sequence[tuple[int, int]]  # requests that have twice the chunks of before, and their tokens, of a log
 
 
 class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
@@ -56,6 +57,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.spec = kv_cache_spec
+        self.chunk_size = vllm_config.model_config.hf_config.fwpkm_chunk_size
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -70,12 +72,14 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             origins(requests, common.seq_lens.device),
         )
         places = common.slot_mapping[:tokens].clamp_min(0)  # vLLM's -1, of padding, to the block of nobody
-        due, together = [], []
+        due, together, doubled = [], [], []
         if isinstance(self.spec, FoldedSpec):
             due = completed(common, self.spec.attention_chunk_size)
         elif isinstance(self.spec, KeysSpec):
             together = parts(pieces(common), self.spec.attention_chunk_size, common.seq_lens.device)
-        return PagesMetadata(batch, common.block_table_tensor[:requests], places, due, together)
+        elif isinstance(self.spec, LogSpec):
+            doubled = doubling(common, self.chunk_size)
+        return PagesMetadata(batch, common.block_table_tensor[:requests], places, due, together, doubled)
 
 
 def pieces(common: CommonAttentionMetadata) -> list[tuple[int, int, int]]:
@@ -92,6 +96,13 @@ def completed(common: CommonAttentionMetadata, stretch: int) -> list[tuple[int, 
     stretches = [(computed // stretch, end // stretch) for _, computed, end in pieces(common)]
     assert all(last <= first + 1 for first, last in stretches), "a step is no longer than a stretch"
     return [(i, last) for i, (first, last) in enumerate(stretches) if first < last]
+
+
+def doubling(common: CommonAttentionMetadata, chunk_size: int) -> list[tuple[int, int]]:
+    """Requests that complete chunk 1, 2, 4, ... in this step, and the tokens up to it."""
+    chunks = [(computed // chunk_size, end // chunk_size) for _, computed, end in pieces(common)]
+    grown = [(i, last) for i, (first, last) in enumerate(chunks) if last.bit_length() > first.bit_length()]
+    return [(i, chunk_size << last.bit_length() - 1) for i, last in grown]
 
 
 class PagesBackend(AttentionBackend):
