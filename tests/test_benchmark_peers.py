@@ -15,6 +15,7 @@ import torch
 from benchmarks import check, package, peak, peers, plain, plots, reads, released, states, subjects, tables, timing
 from benchmarks.cases import Case, draw, safe_inputs
 from benchmarks.subjects import MEMORIES
+from fwpkm.report.theme import LIGHT
 
 TINY = dataclasses.replace(
     peers.QUICK,
@@ -159,7 +160,7 @@ def test_every_table_and_the_picture_are_made_of_a_run(tmp_path, no_children, re
     assert "Left out" not in text
     assert "Not installed" not in text
     plots.growth_curves(results, tmp_path / "peers.png")
-    figure = plots.draw(results, plots.LIGHT)
+    figure = plots.draw(results, LIGHT)
     assert [len(panel.lines) for panel in figure.axes] == [len(MEMORIES)] * 9
 
 

@@ -127,7 +127,7 @@ class Serving(RuleBasedStateMachine):
 
 
 def run(machine: type[Serving], **more: object) -> None:
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, **more))
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=50, **more))
 
 
 class Folding(Serving):
