@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from fwpkm.checks import require, require_dtype, require_shape
-from fwpkm.ops._batching import batch_first
+from fwpkm.ops._batching import fold
 from fwpkm.ops._library import refuse_double_backward, register, register_backward
 
 CHUNK = 64  # tokens that are solved for together
@@ -308,24 +308,17 @@ def _backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> Any:
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    folded = _fold(info, in_dims, args)
-    return tuple(_unfold(info, x) for x in _operator(*folded)), 0
+    folded, sizes = fold(info, in_dims, args)
+    return tuple(x.unflatten(0, sizes) for x in _operator(*folded)), 0
 
 
 def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    *grads, of_state = _backward_operator(*_fold(info, in_dims, args))
+    folded, sizes = fold(info, in_dims, args)
+    *grads, of_state = _backward_operator(*folded)
+    by_sample = [x.unflatten(0, sizes) for x in grads]
     if args[-1] is None:
-        return (*(_unfold(info, x) for x in grads), of_state), (0,) * len(grads) + (None,)
-    return tuple(_unfold(info, x) for x in (*grads, of_state)), 0
-
-
-def _fold(info: Any, in_dims: Any, args: Any) -> list[Any]:
-    """A batch of samples as more sequences."""
-    return [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in batch_first(info, in_dims, args)]
-
-
-def _unfold(info: Any, x: Tensor) -> Tensor:
-    return x.unflatten(0, (info.batch_size, x.shape[0] // max(info.batch_size, 1)))
+        return (*by_sample, of_state), (0,) * len(grads) + (None,)
+    return (*by_sample, of_state.unflatten(0, sizes)), 0
 
 
 def _flops(query: Sequence[int], value: Sequence[int], **_: Any) -> int:

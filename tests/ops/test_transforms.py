@@ -103,6 +103,18 @@ def test_vmap_over_any_inputs(data, name, seed, size, tokens):
         assert_same(have, tuple(torch.stack(x)[:size] for x in zip(*want, strict=True)))
 
 
+@every_operator
+@pytest.mark.parametrize("tokens", [P, 0])
+def test_vmap_over_no_samples(make, tokens):
+    """Shapes are known all the same."""
+    case = make(Draw(0), tokens)
+    for names in subsets(case):
+        none = {name: x.expand(0, *x.shape) for name, x in tensors(case).items() if name in names}
+        for function in (outputs, pullback):
+            have = vmap(lambda inputs, function=function: function(case, inputs))(none)
+            assert [x.shape for x in have] == [(0, *x.shape) for x in function(case, {})]
+
+
 @in_any_dtype
 def test_grad_equals_autograd(make):
     case = make(Draw(0), P)
