@@ -631,8 +631,13 @@ def test_slots_that_requests_touch_are_said(model, monkeypatch):
     from fwpkm_vllm import touched
 
     said = []
+
+    def info(line: str, *figures: float, **_: Any) -> None:
+        if "touched" in line:  # others write to the same log
+            said.append(figures)
+
     monkeypatch.setattr(touched, "INTERVAL", 0.0)
-    monkeypatch.setattr(touched.logger, "info", lambda line, *figures: said.append(figures))
+    monkeypatch.setattr(touched.logger, "info", info)
     texts = prompts(19, 50, 190)
     with engine(model.name_or_path) as llm:
         generate(llm, texts, max_tokens=1)
@@ -643,7 +648,6 @@ def test_slots_that_requests_touch_are_said(model, monkeypatch):
         for layers, text in zip(slots, texts, strict=True)
         for layer in layers
         for tokens in (20, 40, 80, 160)
-        # in pieces of 77 tokens for all, what a piece doubles more than once is counted once
         if tokens <= len(text)
     ]
     for mean, n_slots, most, count in said:
@@ -651,4 +655,5 @@ def test_slots_that_requests_touch_are_said(model, monkeypatch):
         assert any(abs(most - share) < 1e-9 for share in expected)
         assert mean <= most + 1e-9
         assert count >= 1
-    assert 8 <= sum(count for *_, count in said) <= len(expected)
+    # A step has 77 tokens for all requests, and counts once what it doubles more than once.
+    assert 4 <= sum(count for *_, count in said) <= len(expected)
