@@ -56,7 +56,6 @@ def export(
             programs[PIECE] = export_program(step, max_length)
     finally:
         model.train(training)
-    start = step.start()
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -66,7 +65,7 @@ def export(
     } | step.about(max_length)
     with atomic_folder(path) as unfinished:
         (unfinished / ABOUT).write_text(json.dumps(about, indent=1))
-        save_file({name: x.cpu() for name, x in start.items() if x.any()}, unfinished / START)
+        save_file({name: x.cpu() for name, x in step.given().items()}, unfinished / START)
         for name, program in programs.items():
             torch.export.save(program, file_of(unfinished, name, compiled=False))
             if compiled:

@@ -74,4 +74,4 @@ def compile_step(
             found: tuple[Tensor, list[Tensor]] = compiled(tokens, state)
         return found
 
-    return InferenceStep({TOKEN: run_token, PIECE: run_piece}, step.about(longest), step.start())
+    return InferenceStep({TOKEN: run_token, PIECE: run_piece}, step.about(longest), step.given())

@@ -130,6 +130,10 @@ class Step(nn.Module):
                 state[f"blocks.{i}.attention.{name}"] = x
         return state
 
+    def given(self) -> dict[str, Tensor]:
+        """What of :meth:`start` is not zero, and has to be kept for it."""
+        return {name: x for name, x in self.start().items() if x.any()}
+
     def _memory_start(self, layer: FwPKM) -> dict[str, Tensor]:
         config, (batch, room), heads = self.memory_config, (self.batch, self.capacity), layer.heads
         width, kept = layer.values.shape[1], config.chunk_size - 1

@@ -108,7 +108,7 @@ class VersionsSpec(ChunkedLocalAttentionSpec):
 
     def held_for(self, in_flight: int) -> int:
         """Of how many tokens versions are held at most, when so many are under way, beside the last before them."""
-        raise NotImplementedError
+        return in_flight
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """All versions that a request may come to; vLLM looks where tokens would stand, too."""
@@ -117,9 +117,6 @@ class VersionsSpec(ChunkedLocalAttentionSpec):
 
 class FoldedSpec(VersionsSpec):
     """What the records of whole stretches add up to; a step completes one stretch at most."""
-
-    def held_for(self, in_flight: int) -> int:
-        return in_flight
 
 
 class KeysSpec(VersionsSpec):
