@@ -83,7 +83,7 @@ def storing_nothing(model: FwPKMForCausalLM) -> Iterator[None]:
 def step(call: Any, model: FwPKMForCausalLM, ids: Tensor) -> FwPKMOutput:
     """Forward, loss and backward of ``call``, which is ``model`` or ``model`` compiled; no optimizer."""
     model.zero_grad(set_to_none=True)
-    output: FwPKMOutput = call(input_ids=ids, labels=ids)
+    output: FwPKMOutput = call(input_ids=ids, labels=ids, output_memories=True)
     assert output.loss is not None
     output.loss.backward()
     return output

@@ -235,7 +235,7 @@ def settled(state: MemoryState) -> MemoryState:
 
 def base_of(model: FwPKMForCausalLM, block: int) -> FastWeights:
     """What the memory of a block starts from."""
-    layer: Any = model.blocks[block].memory
+    layer: Any = model.model.layers[block].memory
     return FastWeights(layer.keys.detach(), layer.values.detach())
 
 

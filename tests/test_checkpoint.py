@@ -184,11 +184,11 @@ def test_tied_weights_are_saved_once_and_come_back(tmp_path):
     settings = dataclasses.replace(SETTINGS, steps=2, save_every=1)
     train(make_model(tie_word_embeddings=True), make_tokens(), settings, tmp_path)
     saved = load_file(checkpoint.latest(tmp_path / "checkpoints") / "model.safetensors")
-    assert "embed_tokens.weight" in saved
+    assert "model.embed_tokens.weight" in saved
     assert "lm_head.weight" not in saved
     model = make_model(tie_word_embeddings=True)
     train(model, make_tokens(), dataclasses.replace(SETTINGS, steps=3), tmp_path)
-    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def package(monkeypatch):
 def test_a_layer_is_built_and_reads():
     """With its options, in its block; masked tokens are skipped, and what comes later is not seen."""
     model = make_model(**LAYOUT, fla_options={"Mean": {"num_heads": 2, "expand": 3}})
-    mixer = model.blocks[0].mixer
+    mixer = model.model.layers[0].linear_attn
     assert isinstance(mixer.layer, Mean)
     assert mixer.layer.made_with == {"num_heads": 2, "layer_idx": 0, "expand": 3}
     hidden, mask = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
@@ -73,7 +73,7 @@ def test_a_model_trains_is_saved_and_generates(tmp_path):
     model = make_model(**LAYOUT, fla_options={"Mean": {"num_heads": 2}})
     tokens = torch.randint(32, (2, 20))
     model(tokens, labels=tokens).loss.backward()
-    assert model.blocks[0].mixer.layer.proj.weight.grad.abs().sum() > 0
+    assert model.model.layers[0].linear_attn.layer.proj.weight.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
     loaded = FwPKMForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.layer_types == LAYOUT["layer_types"]
@@ -95,7 +95,7 @@ def test_what_it_does_not_do_is_refused():
         model(tokens, position_ids=(torch.arange(20) % 7).unsqueeze(0))
     cache = FwPKMCache(make_config())
     with pytest.raises(ValueError, match="past_key_values is FwPKMCache; expected None: fla:Mean"):
-        model.blocks[0].mixer(torch.randn(2, 3, 16), cache)
+        model.model.layers[0].linear_attn(torch.randn(2, 3, 16), cache)
 
 
 @pytest.mark.parametrize("name", ["Mediant", "mean"])

@@ -43,7 +43,7 @@ def test_is_what_the_model_does(options, monkeypatch):
     have = inspect(model, TEXT, top=200, on_tokens=told.append)
     tokens = torch.tensor(list(TEXT.encode()))
     with torch.no_grad():
-        want = model(tokens.unsqueeze(0))
+        want = model(tokens.unsqueeze(0), output_memories=True)
     length = tokens.numel()
     assert told == [41] * (length // 41) + [length % 41]
     chances = want.logits[0].softmax(-1)
@@ -67,7 +67,7 @@ def test_is_what_the_model_does(options, monkeypatch):
         assert (target // 16 == layer.sources // 16)[there].all()  # tokens at the end of a chunk store nothing
         assert not layer.shares[~there].any()
         assert layer.usage == slot_usage(slots[0], chunk, 64)
-    assert not model.blocks[0]._forward_hooks
+    assert not model.model.layers[0]._forward_hooks
 
 
 def test_sources_as_text(model):

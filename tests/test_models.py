@@ -105,15 +105,18 @@ def test_loss_is_cross_entropy_of_the_next_token_plus_its_extras():
 
     gated = make_model(fwpkm_gate_weight=0.5).train()
     out = gated(tokens, labels=tokens)
-    assert len(out.gates) == 2
-    assert_close(out.loss, plain + 0.5 * torch.stack(out.gates).mean())
+    gates = gated(tokens, output_memories=True).gates
+    assert len(gates) == 2
+    assert_close(out.token_loss, plain)
+    assert_close(out.mean_gate, torch.stack(gates).mean())
+    assert_close(out.loss, plain + 0.5 * out.mean_gate)
 
     slow = make_model(fwpkm_key_update="slow", fwpkm_addressing_weight=0.25).train()
     out = slow(tokens, labels=tokens)
     plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert_close(out.loss, plain + 0.25 * out.addressing_loss)
     out.loss.backward()
-    assert slow.blocks[0].memory.keys.grad.abs().sum() > 0
+    assert slow.model.layers[0].memory.keys.grad.abs().sum() > 0
 
 
 def test_labels_can_be_left_out():
@@ -162,7 +165,7 @@ def test_save_and_load(tmp_path, key_update):
         assert name in ("_name_or_path", "transformers_version") or loaded[name] == value
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
     want, half = model.bfloat16().state_dict(), FwPKMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.blocks[1].mlp.values.dtype == torch.float32
+    assert half.model.layers[1].mlp.values.dtype == torch.float32
     for name, x in half.state_dict().items():
         assert_close(x, want[name], rtol=0, atol=0)
 
@@ -173,7 +176,7 @@ def test_what_a_checkpoint_lacks_is_drawn(tmp_path):
     make_model(fwpkm_layers=[]).save_pretrained(tmp_path)
     config = make_config(layer_types=[LINEAR, FULL], pkm_layers=[1], linear_num_key_heads=16, linear_num_value_heads=64)
     model = FwPKMForCausalLM.from_pretrained(tmp_path, config=config)
-    decay, memory = model.blocks[0].mixer, model.blocks[1].mlp
+    decay, memory = model.model.layers[0].linear_attn, model.model.layers[1].mlp
     assert torch.equal(decay.dt_bias, torch.ones(64))
     assert 0.01 <= decay.A_log.exp().min() < 2
     assert 14 < decay.A_log.exp().max() <= 16
@@ -194,7 +197,7 @@ def test_memories_stay_float32_in_half_precision():
             kept.add(name)
         else:
             assert torch.equal(x, before[name].bfloat16())
-    memories = ("blocks.0.memory", "blocks.1.memory", "blocks.0.mlp")
+    memories = ("model.layers.0.memory", "model.layers.1.memory", "model.layers.0.mlp")
     assert kept == {f"{module}.{name}" for module in memories for name in ("keys", "values")}
     assert model(torch.randint(32, (2, 20))).logits.dtype == torch.bfloat16
 

@@ -17,7 +17,8 @@ def test_every_parameter_is_in_its_group(learned):
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)]
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, plain, rows = ({names[p] for p in group["params"]} for group in groups)
-    assert rows == {"blocks.1.mlp.values"} | ({"blocks.0.memory.keys", "blocks.0.memory.values"} if learned else set())
+    memory = {"model.layers.0.memory.keys", "model.layers.0.memory.values"}
+    assert rows == {"model.layers.1.mlp.values"} | (memory if learned else set())
     assert plain == {name for p, name in names.items() if name.endswith(("norm.weight", "bias", "A_log"))}
     assert decayed == set(names.values()) - rows - plain - {"lm_head.weight"}
     assert sum(len(group["params"]) for group in groups) == len(names) - 1
@@ -27,7 +28,7 @@ def test_steps_and_schedules_by_group():
     """An optimizer takes the groups, empty ones too; the values keep their rate and do not decay."""
     model = make_model(fwpkm_layers=[], pkm_layers=[0])
     groups = parameter_groups(model, 0.5, 0.5, 0.25)
-    values, before = model.blocks[0].mlp.values, model.blocks[0].mlp.values.clone()
+    values, before = model.model.layers[0].mlp.values, model.model.layers[0].mlp.values.clone()
     optimizer = torch.optim.SGD(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.1, lambda step: 0.1, lambda step: 1.0])
     tokens = torch.randint(32, (2, 6))

@@ -115,7 +115,7 @@ def test_trains_in_a_language_model():
     tokens = torch.randint(32, (4, 32), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     inputs = {}
-    for block in model.blocks:
+    for block in model.model.layers:
         block.mlp.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
     losses = []
     for _ in range(30):

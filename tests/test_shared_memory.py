@@ -57,7 +57,7 @@ def test_what_is_committed_is_what_the_function_stored(key_update):
     """One memory for the batch, chunks of columns, the last one ended early: section 2, then written in place."""
     model, tokens = shared_model(key_update), batch(0)
     layer = model.memories()[0]
-    result = layer.read_and_write(model.embed_tokens(tokens))
+    result = layer.read_and_write(model.model.embed_tokens(tokens))
     assert result.state.memory.commits == 3  # 21 columns in chunks of 8
     want = result.state.memory.fold()
     place = layer.values.data_ptr()

@@ -35,7 +35,7 @@ class Baseline:
         config = FwPKMConfig.from_dict(settings.model_config(memory=True).to_dict() | self.changes)
         model = FwPKMForCausalLM(config)
         if self.fast_weight_mlp:
-            model.blocks[0].memory = FastWeightMLP(
+            model.model.layers[0].memory = FastWeightMLP(
                 config.hidden_size, config.intermediate_size, settings.query_conv, settings.training_chunk
             )
         return model

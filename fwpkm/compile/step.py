@@ -75,7 +75,7 @@ class Step(nn.Module):
         super().__init__()
         for name, value in (("batch", batch), ("capacity", capacity)):
             require(value >= 1, name, value, "a positive integer")
-        linear = any(isinstance(block.mixer, GatedDeltaNet) for block in model.blocks)
+        linear = any(isinstance(module, GatedDeltaNet) for module in model.modules())
         require(not linear, "layer_types", model.config.layer_types, "no 'linear_attention' in a model to export")
         require_choice("attn_implementation", model.config._attn_implementation, (WINDOWED, "sdpa"))
         self.model, self.batch, self.capacity = model, batch, capacity
@@ -117,12 +117,12 @@ class Step(nn.Module):
         Everything but sub-keys that move is zero: room that nothing is read from before it is written.
         """
         state = {"position": torch.zeros((), dtype=torch.int64, device=self.model.device)}
-        blocks: Any = self.model.blocks
+        blocks: Any = self.model.model.layers
         for i, block in enumerate(blocks):
             if block.memory is not None:
                 memory = self._memory_start(block.memory)
                 state |= {f"blocks.{i}.memory.{name}": x for name, x in memory.items()}
-            attention = block.mixer
+            attention = block.self_attn
             room = self.capacity if attention.sliding_window is None else attention.sliding_window - 1
             heads = attention.config.num_key_value_heads
             for name in ("keys", "values"):
@@ -169,21 +169,21 @@ class Step(nn.Module):
         Returns:
             ``logits [B, T, V]``, and the state after it.
         """
-        model = self.model
+        model = self.model.model
         old = dict(zip(self.names, state, strict=True))
         position = old["position"]
         positions = position + torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         hidden = model.embed_tokens(input_ids)
-        embeddings = model.rotary(hidden, positions)
+        embeddings = model.rotary_emb(hidden, positions)
         # Masks choose computations whose shapes depend on nothing; here they mask no token.
         mask = torch.ones_like(input_ids, dtype=torch.bool)
         new = {"position": position + input_ids.shape[1]}
-        blocks: Any = model.blocks
+        blocks: Any = model.layers
         for i, block in enumerate(blocks):
             names = f"blocks.{i}.memory.", f"blocks.{i}.attention."
             memory, attention = ({k.removeprefix(p): x for k, x in old.items() if k.startswith(p)} for p in names)
-            cache = _AttentionCache(attention["keys"], attention["values"], position, block.mixer.sliding_window)
-            hidden, result = block(
+            cache = _AttentionCache(attention["keys"], attention["values"], position, block.self_attn.sliding_window)
+            hidden, result, _ = block(
                 hidden,
                 memory_state=None if block.memory is None else self._memory_state(block, memory, position),
                 mask=mask,
@@ -194,7 +194,7 @@ class Step(nn.Module):
             if result is not None:
                 new |= {names[0] + name: x for name, x in _memory_tensors(result.state, memory)}
             new |= {f"{names[1]}keys": cache.keys, f"{names[1]}values": cache.values}
-        return model.lm_head(model.norm(hidden)), [new[name] for name in old]
+        return self.model.lm_head(model.norm(hidden)), [new[name] for name in old]
 
     def _memory_state(self, block: DecoderBlock, tensors: dict[str, Tensor], position: Tensor) -> LayerState:
         """A layer's state, of which chunk boundaries count from the first token on."""

@@ -223,7 +223,7 @@ def _recorded(model: FwPKMForCausalLM) -> Iterator[dict[int, list[tuple[Tensor, 
     def hook(block: int) -> Callable[[Any, Any, BlockResult], None]:
         return lambda module, inputs, result: record(block, result)
 
-    handles = [model.blocks[i].register_forward_hook(hook(i)) for i in model.config.fwpkm_layers or ()]
+    handles = [model.model.layers[i].register_forward_hook(hook(i)) for i in model.config.fwpkm_layers or ()]
     try:
         yield calls
     finally:

@@ -13,17 +13,19 @@ from fwpkm.layers.pkm import ProductKeyMemory
 
 
 class BlockResult(NamedTuple):
-    """A block's output and, if it has a memory, what that did."""
+    """A block's output, what its memory did (if it has one), and how its attention weighed, if that is known."""
 
-    hidden: Tensor
+    hidden: Tensor  # [B, T, D]
     memory: LayerResult | None
+    attention: Tensor | None  # [B, heads, T, S]
 
 
 class DecoderBlock(GradientCheckpointingLayer):
     """A token mixer and an MLP, each after a norm and added to its input, with, optionally, a memory before them.
 
-    The mixer is Qwen3's attention, a :class:`GatedDeltaNet` for ``"linear_attention"``, or for ``"fla:<layer>"`` one of
-    flash-linear-attention; in the blocks of ``config.pkm_layers`` a :class:`ProductKeyMemory` stands in the place of
+    The modules have the names that transformers' decoder layers have. The mixer is ``self_attn``, Qwen3's attention, or
+    ``linear_attn``: a :class:`GatedDeltaNet` for ``"linear_attention"``, for ``"fla:<layer>"`` one of
+    flash-linear-attention. In the blocks of ``config.pkm_layers`` a :class:`ProductKeyMemory` stands in the place of
     the MLP.
 
     Args:
@@ -35,9 +37,11 @@ class DecoderBlock(GradientCheckpointingLayer):
     def __init__(self, config: Any, layer_idx: int, memory: FwPKM | None = None) -> None:
         super().__init__()
         self.memory = memory
-        self.mixer_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = _mixer(config, layer_idx)
-        self.mlp_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        mixer = _mixer(config, layer_idx)
+        self.self_attn = mixer if isinstance(mixer, Qwen3Attention) else None
+        self.linear_attn = None if isinstance(mixer, Qwen3Attention) else mixer
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = product_key_memory(config) if layer_idx in config.pkm_layers else Qwen3MLP(config)
 
     def forward(
@@ -64,13 +68,13 @@ class DecoderBlock(GradientCheckpointingLayer):
         if self.memory is not None:
             result = self.memory.read_and_write(hidden, memory_state, mask, starts)
             hidden = result.hidden
-        mixed = self.mixer_norm(hidden)
-        if isinstance(self.mixer, GatedDeltaNet | FlashLinearAttention):
-            mixed = self.mixer(mixed, past_key_values, mask, starts)
-        else:
-            mixed = self.mixer(mixed, past_key_values=past_key_values, **attention)[0]
+        mixed, weights = self.input_layernorm(hidden), None
+        if self.self_attn is not None:
+            mixed, weights = self.self_attn(mixed, past_key_values=past_key_values, **attention)
+        elif self.linear_attn is not None:
+            mixed = self.linear_attn(mixed, past_key_values, mask, starts)
         hidden = hidden + mixed
-        return BlockResult(hidden + self.mlp(self.mlp_norm(hidden)), result)
+        return BlockResult(hidden + self.mlp(self.post_attention_layernorm(hidden)), result, weights)
 
 
 def _mixer(config: Any, layer_idx: int) -> nn.Module:

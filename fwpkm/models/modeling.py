@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.utils.generic import can_return_tuple
 
 from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.layers.block import DecoderBlock
@@ -19,6 +24,7 @@ from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
+from fwpkm.models.generation import FwPKMGenerationMixin
 from fwpkm.models.placement import attention_masks, place
 from fwpkm.ops import keep_addresses
 
@@ -26,24 +32,46 @@ _PIECE = 4096  # tokens read at once
 
 
 @dataclass
-class FwPKMOutput(CausalLMOutputWithPast):
-    """transformers' causal LM output, and what the memories did.
+class FwPKMModelOutput(BaseModelOutputWithPast):
+    """transformers' output of a decoder without a head, and, if asked for, what the memories did.
 
     Attributes:
-        token_loss: mean cross entropy of the next tokens, ``loss`` without its extras.
-        addressing_loss: mean over the memory layers (with ``fwpkm_key_update="slow"`` a part of ``loss``).
         gates: ``[B, T]`` of each memory layer.
         slots: ``[B, T, H * k]`` of each memory layer.
+        addressing_loss: mean over the memory layers.
+        mean_gate: of all memory layers and unmasked tokens.
+    """
+
+    gates: tuple[Tensor, ...] | None = None
+    slots: tuple[Tensor, ...] | None = None
+    addressing_loss: Tensor | None = None
+    mean_gate: Tensor | None = None
+
+
+@dataclass
+class FwPKMOutput(CausalLMOutputWithPast):
+    """transformers' output of a causal language model, what ``loss`` is made of in training, and, if asked for, what
+    the memories did.
+
+    Attributes:
+        token_loss: in training, the cross entropy of the next tokens: ``loss`` without its further terms.
+        addressing_loss: in training, the mean over the memory layers (with ``fwpkm_key_update="slow"`` a term of
+            ``loss``).
+        mean_gate: in training, of all memory layers and unmasked tokens (with ``fwpkm_gate_weight`` a term of
+            ``loss``).
+        gates: ``[B, T]`` of each memory layer, with ``output_memories``.
+        slots: ``[B, T, H * k]`` of each memory layer, with ``output_memories``.
     """
 
     token_loss: Tensor | None = None
     addressing_loss: Tensor | None = None
+    mean_gate: Tensor | None = None
     gates: tuple[Tensor, ...] | None = None
     slots: tuple[Tensor, ...] | None = None
 
 
 class FwPKMPreTrainedModel(PreTrainedModel):
-    """Weights, saving and loading."""
+    """Weights, saving and loading, and the memories of whatever stands on the backbone."""
 
     config: FwPKMConfig
     config_class = FwPKMConfig
@@ -61,36 +89,19 @@ class FwPKMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CausalConvolution | GatedDeltaNet):
             module.reset_parameters()
 
-
-class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
-    """A causal language model whose memory layers write what they read.
-
-    A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the
-    call, and live on in ``past_key_values`` when it is passed on. With ``fwpkm_scope="shared"`` a training forward
-    writes to one memory of the whole batch instead, which :meth:`commit` writes into the model: the next training
-    forward does so when it starts, and so does saving.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
-
-    def __init__(self, config: FwPKMConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(config, i, memory_layer(config) if i in (config.fwpkm_layers or ()) else None)
-            for i in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary = Qwen3RotaryEmbedding(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Under torch's DistributedDataParallel each process keeps the memories it has: they are not sent around.
-        self._ddp_params_and_buffers_to_ignore = [
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Under torch's DistributedDataParallel each process keeps the memories it has: they are not sent around."""
+        return [
             f"{name}.{buffer}"
             for name, module in self.named_modules()
             if isinstance(module, FwPKM)
             for buffer, _ in module.named_buffers(recurse=False)
         ]
-        self.post_init()
+
+    def memories(self) -> list[FwPKM]:
+        """The memory layers, in their order."""
+        return [module for module in self.modules() if isinstance(module, FwPKM)]
 
     def commit(self) -> None:
         """Write what the last training forward stored in ``shared`` memories into the model."""
@@ -102,116 +113,94 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         for memory in self.memories():
             memory.discard()
 
-    @torch.no_grad()
-    def read(self, input_ids: Tensor, past_key_values: FwPKMCache) -> None:
-        """Read ``[B, T]`` tokens, of which there may be none, into ``past_key_values``, in pieces."""
-        for piece in input_ids.split(_PIECE, 1) if input_ids.shape[1] else ():
-            self(piece, past_key_values=past_key_values, logits_to_keep=1)
-
     def checkpoint_blocks(self) -> None:
         """Keep a block's input and its addresses in training, and compute the rest once more in the backward."""
         renamed = hasattr(self, "activation_checkpointing_enable")  # by transformers, on the way
         enable = self.activation_checkpointing_enable if renamed else self.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": keep_addresses})
 
-    def memories(self) -> list[FwPKM]:
-        """The memory layers, in their order."""
-        return [module for module in self.modules() if isinstance(module, FwPKM)]
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: FwPKMCache | None = None,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        commit_after_prompt: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What ``generate`` calls :meth:`forward` with.
+class FwPKMModel(FwPKMPreTrainedModel):
+    """The language model without its head: embeddings, blocks, and a norm.
 
-        ``generate(..., commit_after_prompt=True)`` commits the memories after the prompt. Without it, what the prompt's
-        last, incomplete chunk says can be read back only once generation has filled that chunk; attention sees it
-        as ever.
-        """
-        if attention_mask is not None:  # looked at for prompts, not for every token
-            one_more = past_key_values is not None and past_key_values.tokens + 1 == input_ids.shape[1]
-            padded = past_key_values.padded if past_key_values and one_more else not attention_mask.all()
-            attention_mask = attention_mask if padded else None
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+    A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the
+    call, and live on in ``past_key_values`` when it is passed on. With ``fwpkm_scope="shared"`` a training forward
+    writes to one memory of the whole batch instead, which :meth:`commit` writes into the model: the next training
+    forward does so when it starts, and so does saving.
+    """
+
+    def __init__(self, config: FwPKMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, i, memory_layer(config) if i in (config.fwpkm_layers or ()) else None)
+            for i in range(config.num_hidden_layers)
         )
-        if commit_after_prompt:
-            require(past_key_values is not None, "commit_after_prompt", True, "a cache, which keeps what is committed")
-            inputs["commit_partial"] = bool(is_first_iteration)
-        return inputs
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        kind = generation_config.cache_implementation
-        require(kind in (None, "dynamic"), "cache_implementation", kind, "None: the model brings its own cache")
-        require(
-            given is None or isinstance(given, FwPKMCache),
-            "past_key_values",
-            type(given).__name__,
-            "a FwPKMCache, which holds the memories too",
-        )
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = FwPKMCache(self.config)
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: FwPKMCache | None = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_memories: bool = False,
         commit_partial: bool = False,
-        **kwargs: Any,
-    ) -> FwPKMOutput:
+    ) -> FwPKMModelOutput:
         """Read a piece of ``B`` sequences.
 
         Args:
-            input_ids: ``[B, T]`` int64.
+            input_ids: ``[B, T]`` int64 or int32.
             attention_mask: ``[B, S]``, 1 (or True) at real tokens, over the ``S - T`` tokens of earlier calls and
                 these; None if all are. What masked tokens give has no meaning, and they change nothing.
             position_ids: ``[B, T]``, by default those of the real tokens of a row. Where they do not count up by one,
                 another sequence begins, and sees nothing of those before it in the row, except through a ``shared``
                 memory in training (without ``attention_mask`` and ``past_key_values`` only).
             past_key_values: where an earlier call on the same sequences stopped (its ``past_key_values``); updated.
-            labels: ``[B, T]``, usually ``input_ids``: ``loss`` is the mean cross entropy of each next token (-100:
-                left out), plus, with ``fwpkm_key_update="slow"``, the addressing loss, and ``fwpkm_gate_weight`` times
-                the mean gate.
+            inputs_embeds: ``[B, T, D]``, in the place of ``input_ids``.
             use_cache: return ``past_key_values`` also if none came in.
-            logits_to_keep: logits of the last so many tokens only; 0 for all.
+            output_attentions: return what each block's attention weighed, ``[B, heads, T, S]`` (None for linear
+                attention); attention implementation ``"eager"`` alone knows it.
+            output_hidden_states: return ``[B, T, D]`` before each block and after the last norm.
+            output_memories: return what the memories did.
             commit_partial: commit the memories' open chunks after these tokens (into ``past_key_values``).
+
+        Raises:
+            ValueError: for a wrong shape or dtype, or both or neither of ``input_ids`` and ``inputs_embeds``.
         """
         if self.training and not _repeated():
             self.commit()
-        require_shape("input_ids", input_ids, ("B", "T"))
-        require_dtype("input_ids", input_ids, torch.int64, torch.int32)
+        given = [name for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)) if x is not None]
+        require(len(given) == 1, "input_ids, inputs_embeds", given or "neither given", "exactly one of them")
+        if input_ids is not None:
+            require_shape("input_ids", input_ids, ("B", "T"))
+            require_dtype("input_ids", input_ids, torch.int64, torch.int32)
+            hidden = self.embed_tokens(input_ids)
+        else:
+            assert inputs_embeds is not None
+            require_shape("inputs_embeds", inputs_embeds, ("B", "T", self.config.hidden_size))
+            hidden = inputs_embeds
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if past_key_values is None and use_cache:
             past_key_values = FwPKMCache(self.config)
-        hidden = self.embed_tokens(input_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        placement = place(input_ids, past, attention_mask, position_ids, cached=past_key_values is not None)
+        placement = place(hidden, past, attention_mask, position_ids, cached=past_key_values is not None)
         layer_types = self.config.layer_types or []
         masks = attention_masks(self.config, hidden, past_key_values, placement)
-        position_embeddings = self.rotary(hidden, placement.positions)
-        results = []
-        for i, block in enumerate(self.blocks):
-            hidden, memory = block(
+        position_embeddings = self.rotary_emb(hidden, placement.positions)
+        results, weights, passed = [], [], [hidden]
+        for i, block in enumerate(self.layers):
+            hidden, memory, weight = block(
                 hidden,
                 memory_state=None if past_key_values is None else past_key_values.memories.get(i),
                 mask=placement.mask,
@@ -220,37 +209,142 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
                 position_embeddings=position_embeddings,
                 attention_mask=masks.get(layer_types[i]),
             )
+            weights.append(weight)
+            passed.append(hidden)
             if memory is not None:
                 results.append(memory)
                 if past_key_values is not None:
                     past_key_values.memories[i] = memory.state
         if past_key_values is not None:
-            past_key_values.tokens += input_ids.shape[1]
+            past_key_values.tokens += hidden.shape[1]
             past_key_values.padded |= placement.attention_mask is not None
             if commit_partial:
                 past_key_values.flush()
-        logits = self.lm_head(self.norm(hidden)[:, -logits_to_keep:])
-        addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean() if results else None
-        token_loss: Tensor | None = None
-        if labels is not None:
-            require_shape("labels", labels, input_ids.shape)
-            token_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        loss = token_loss
-        if loss is not None:
-            if addressing_loss is not None and self.config.fwpkm_key_update == "slow":
-                loss = loss + self.config.fwpkm_addressing_weight * addressing_loss
-            if results and self.config.fwpkm_gate_weight:
-                gates = torch.stack([r.gate for r in results])
-                loss = loss + self.config.fwpkm_gate_weight * _mean(gates, placement.mask)
-        return FwPKMOutput(
-            loss=loss,
-            token_loss=token_loss,
-            logits=logits,
+        hidden = self.norm(hidden)
+        output = FwPKMModelOutput(
+            last_hidden_state=hidden,
             past_key_values=past_key_values,
-            addressing_loss=addressing_loss,
-            gates=tuple(r.gate for r in results),
-            slots=tuple(r.memory.slots for r in results),
+            hidden_states=(*passed[:-1], hidden) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
         )
+        if output_memories and results:
+            gates = tuple(r.gate for r in results)
+            output.gates, output.slots = gates, tuple(r.memory.slots for r in results)
+            output.addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean()
+            output.mean_gate = _mean(torch.stack(gates), placement.mask)
+        return output
+
+
+class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
+    """:class:`FwPKMModel` and a head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
+    accepts_loss_kwargs = True  # Trainer then says over how many labels a loss is averaged
+
+    def __init__(self, config: FwPKMConfig) -> None:
+        super().__init__(config)
+        self.model = FwPKMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, past_key_values: FwPKMCache) -> None:
+        """Read ``[B, T]`` tokens, of which there may be none, into ``past_key_values``, in pieces."""
+        for piece in input_ids.split(_PIECE, 1) if input_ids.shape[1] else ():
+            self(piece, past_key_values=past_key_values, logits_to_keep=1)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FwPKMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_memories: bool = False,
+        commit_partial: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> FwPKMOutput:
+        """Read a piece of ``B`` sequences, and predict the token after each of theirs.
+
+        The arguments that are not listed are those of :meth:`FwPKMModel.forward`; ``return_dict=False`` gives a tuple.
+
+        Args:
+            labels: ``[B, T]``, usually ``input_ids`` (-100: left out). ``loss`` is the mean cross entropy of each next
+                token; in training plus, with ``fwpkm_key_update="slow"``, the addressing loss, and
+                ``fwpkm_gate_weight`` times the mean gate.
+            logits_to_keep: logits of the last so many tokens only; 0 for all; or the columns to keep, 1-D.
+            num_items_in_batch: over how many labels the loss is averaged, where a batch comes in several calls or on
+                several devices; by default, those of this call. All terms of the loss are weighted by this call's
+                share of them.
+
+        Raises:
+            ValueError: as :meth:`FwPKMModel.forward`, and for labels that do not match the tokens.
+        """
+        training = self.training and labels is not None
+        read = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_memories=output_memories or training,
+            commit_partial=commit_partial,
+            return_dict=True,
+        )
+        hidden = read.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        output = FwPKMOutput(
+            logits=logits,
+            past_key_values=read.past_key_values,
+            hidden_states=read.hidden_states,
+            attentions=read.attentions,
+            gates=read.gates if output_memories else None,
+            slots=read.slots if output_memories else None,
+        )
+        if labels is not None:
+            require_shape("labels", labels, hidden.shape[:2])
+            vocabulary = self.config.vocab_size
+            output.loss = self.loss_function(logits, labels, vocabulary, num_items_in_batch=num_items_in_batch)
+        if training:
+            assert labels is not None
+            output.token_loss = output.loss
+            output.addressing_loss, output.mean_gate = read.addressing_loss, read.mean_gate
+            terms = self._further_terms(read)
+            if terms is not None and num_items_in_batch is not None:
+                terms = terms * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+            output.loss = output.loss if terms is None else output.loss + terms
+        return output
+
+    def _further_terms(self, read: FwPKMModelOutput) -> Tensor | None:
+        """What the loss of training has beside the cross entropy."""
+        terms = []
+        if read.addressing_loss is not None and self.config.fwpkm_key_update == "slow":
+            terms.append(self.config.fwpkm_addressing_weight * read.addressing_loss)
+        if read.mean_gate is not None and self.config.fwpkm_gate_weight:
+            terms.append(self.config.fwpkm_gate_weight * read.mean_gate)
+        return sum(terms[1:], terms[0]) if terms else None
+
+
+class FwPKMForSequenceClassification(GenericForSequenceClassification, FwPKMPreTrainedModel):
+    """:class:`FwPKMModel` and a head that says which class a text belongs to."""
+
+
+class FwPKMForTokenClassification(GenericForTokenClassification, FwPKMPreTrainedModel):
+    """:class:`FwPKMModel` and a head that says which class each token belongs to."""
+
+
+class FwPKMForQuestionAnswering(GenericForQuestionAnswering, FwPKMPreTrainedModel):
+    """:class:`FwPKMModel` and a head that says where in a text an answer begins and ends."""
 
 
 def _repeated() -> bool:

@@ -28,12 +28,12 @@ class Placement(NamedTuple):
 
 
 def place(
-    input_ids: Tensor, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, cached: bool
+    hidden: Tensor, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, cached: bool
 ) -> Placement:
     """What ``attention_mask`` and ``position_ids`` say about where tokens stand.
 
     Args:
-        input_ids: ``[B, T]``, the tokens.
+        hidden: ``[B, T, D]``, the tokens' embeddings.
         past: how many tokens of each row came in earlier calls.
         attention_mask: ``[B, past + T]``, nonzero at real tokens, or None.
         position_ids: ``[B or 1, T]``, or None for those that count the real tokens of a row. Within a row they count up
@@ -44,7 +44,7 @@ def place(
         ValueError: for a wrong shape or dtype, or rows of several sequences together with a mask or a cache. (In a
             compiled graph, which cannot look, the latter passes.)
     """
-    (batch, length), device = input_ids.shape, input_ids.device
+    (batch, length), device = hidden.shape[:2], hidden.device
     looks = device.type == "cpu" and not torch.compiler.is_compiling()  # where that costs nothing
     mask = None
     if attention_mask is not None:

@@ -205,9 +205,9 @@ def _figures(result: FwPKMOutput) -> dict[str, Tensor]:
     assert result.loss is not None
     assert result.token_loss is not None
     figures = {"loss": result.token_loss, "objective": result.loss}
-    if result.gates:
+    if result.mean_gate is not None:
         assert result.addressing_loss is not None
-        figures |= {"gate": torch.stack(result.gates).mean(), "addressing_loss": result.addressing_loss}
+        figures |= {"gate": result.mean_gate, "addressing_loss": result.addressing_loss}
     return figures
 
 

@@ -74,7 +74,7 @@ def train(model: FwPKMForCausalLM, text: Bytes, settings: NeedleTraining) -> Ite
             "loss": text_loss.item(),
             "answer_loss": answer_loss.item(),
             "digit_accuracy": (logits.argmax(-1) == digits).float().mean().item(),
-            "gate": torch.stack(result.gates).mean().item() if result.gates else None,
+            "gate": None if result.mean_gate is None else result.mean_gate.item(),
         }
 
 

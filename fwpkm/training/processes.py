@@ -44,7 +44,7 @@ def spread(model: FwPKMForCausalLM, accelerator: Accelerator, fsdp: bool) -> nn.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     model.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in model.blocks:
+    for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

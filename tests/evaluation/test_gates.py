@@ -17,7 +17,7 @@ def test_gates(seed, rows, length, call):
     read = torch.from_numpy(tokens(seed, rows, length))
     have = gates(net, read, call)
     with torch.no_grad():
-        want = net(read.long()).gates
+        want = net(read.long(), output_memories=True).gates
     assert [layer["block"] for layer in have] == [0, 1]
     for layer, gate in zip(have, want, strict=True):
         values = gate.numpy().flatten()
@@ -31,7 +31,7 @@ def test_gates(seed, rows, length, call):
 def test_an_open_gate_is_counted():
     net = model(fwpkm_layers=[1])
     with torch.no_grad():
-        net.blocks[1].memory.gate.bias.fill_(100.0)
+        net.model.layers[1].memory.gate.bias.fill_(100.0)
     layer = gates(net, torch.from_numpy(tokens(0, 2, 9)))[0]
     assert layer["histogram"] == [0.0] * 19 + [1.0]
     assert (layer["block"], layer["mean"]) == (1, 1)

@@ -57,7 +57,7 @@ def test_off_reads_base_values_only(seed, key_update):
     off = never_written(net)
     assert_close(token_losses(off, pieces), whole(reconfigured(net, fwpkm_chunk_size=64), pieces), **CLOSE)
     assert (token_losses(net, pieces) - token_losses(off, pieces)).abs().max() > 1e-3
-    assert off.embed_tokens.weight.data_ptr() == net.embed_tokens.weight.data_ptr()
+    assert off.model.embed_tokens.weight.data_ptr() == net.model.embed_tokens.weight.data_ptr()
     assert net.config.fwpkm_learning_rate == 1
 
 
@@ -69,7 +69,7 @@ def test_off_without_a_memory_changes_nothing():
 
 def test_tied_weights_stay_tied():
     off = never_written(model(tie_word_embeddings=True))
-    assert off.lm_head.weight is off.embed_tokens.weight
+    assert off.lm_head.weight is off.model.embed_tokens.weight
 
 
 @given(seeds, st.integers(1, 30))
@@ -97,7 +97,7 @@ def test_a_reset_forgets_what_memories_hold_and_nothing_else(seed, at, call):
 
 def recalled(net, pieces, call, resets):
     """What the first block's memory makes of its input ``[B, T, D]``."""
-    memory, results = net.blocks[0].memory, []
+    memory, results = net.model.layers[0].memory, []
     read_and_write = memory.read_and_write
     memory.read_and_write = lambda *args: results.append(read_and_write(*args)) or results[-1]
     list(stream(net, pieces, call, resets=resets))

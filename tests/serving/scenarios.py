@@ -587,7 +587,7 @@ def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
 
     make(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["blocks.2.memory.values"]
+    del tensors["model.layers.2.memory.values"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"without blocks\.2\.memory\.values"), engine(tmp_path):
         pass

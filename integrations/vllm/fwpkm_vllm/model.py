@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.qwen3 import Qwen3Attention
+from vllm.model_executor.models.utils import maybe_prefix
 
 from fwpkm.checks import require
 from fwpkm.layers.block import product_key_memory
@@ -53,8 +54,8 @@ class DecoderBlock(nn.Module):
             self.memory_name = f"{prefix}.memory"
             vllm_config.compilation_config.static_forward_context[self.memory_name] = self
         sliding = (config.layer_types or ())[index] == "sliding_attention"
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = Qwen3Attention(
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -65,10 +66,10 @@ class DecoderBlock(nn.Module):
             qkv_bias=config.attention_bias,
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.mixer",
+            prefix=f"{prefix}.self_attn",
             per_layer_sliding_window=config.sliding_window if sliding else None,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if index in (config.pkm_layers or ()):
             self.mlp: nn.Module = product_key_memory(config)
         else:
@@ -83,8 +84,8 @@ class DecoderBlock(nn.Module):
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         if self.memory is not None:
             hidden = operator.memory(hidden, self.memory_name)
-        hidden = hidden + self.mixer(positions, self.mixer_norm(hidden))
-        normed = self.mlp_norm(hidden)
+        hidden = hidden + self.self_attn(positions, self.input_layernorm(hidden))
+        normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, ProductKeyMemory):
             # A token that is no number stops nobody else's.
             return hidden + self.mlp(torch.nan_to_num(normed, 0.0).unsqueeze(0)).squeeze(0)
@@ -103,26 +104,19 @@ class DecoderBlock(nn.Module):
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
-class FwPKMForCausalLM(nn.Module):
-    """:class:`fwpkm.models.FwPKMForCausalLM` as vLLM runs models; it loads the same checkpoints."""
+class FwPKMModel(nn.Module):
+    """:class:`fwpkm.models.FwPKMModel` as vLLM runs models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        start, touched = f"{prefix}." if prefix else "", SlotsTouched(config.fwpkm_n_subkeys**2)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(config, i, touched, vllm_config, f"{start}blocks.{i}") for i in range(config.num_hidden_layers)
+        touched = SlotsTouched(config.fwpkm_n_subkeys**2)
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, i, touched, vllm_config, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.embed_tokens(input_ids)
 
     def forward(
         self,
@@ -133,9 +127,36 @@ class FwPKMForCausalLM(nn.Module):
     ) -> Tensor:
         """The last hidden states ``[T, D]`` of the step's tokens ``input_ids [T]``."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        for block in self.blocks:
+        for block in self.layers:
             hidden = block(positions, hidden)
         return self.norm(hidden)
+
+
+class FwPKMForCausalLM(nn.Module):
+    """:class:`fwpkm.models.FwPKMForCausalLM` as vLLM runs models; it loads the same checkpoints."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = FwPKMModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states ``[T, D]`` of the step's tokens ``input_ids [T]``."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Of some tokens' hidden states."""
