@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from fwpkm.checks import require
 from fwpkm.models import FwPKMConfig
@@ -33,7 +33,7 @@ from fwpkm_vllm.records import (
     tokens_per_page,
     window,
 )
-from fwpkm_vllm.sharing import CleaningSpec, FoldedSpec, KeysSpec, LogSpec, StretchSpec
+from fwpkm_vllm.sharing import MANAGERS, CleaningSpec, FoldedSpec, KeysSpec, LogSpec, RecentSpec, StretchSpec
 from fwpkm_vllm.step import Batch, Step
 
 logger = init_logger("vllm.fwpkm")
@@ -141,6 +141,17 @@ class RecordPages(nn.Module, AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return PagesBackend
 
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        spec = self.spec(vllm_config)
+        assert type(spec) in MANAGERS, (
+            f"{type(spec)} is none of the kinds whose pages are offered once they are written"
+        )
+        return spec
+
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        """What vLLM is to know of these pages: one of the kinds of :mod:`fwpkm_vllm.sharing`."""
+        raise NotImplementedError
+
     def kind(self, vllm_config: VllmConfig) -> dict[str, Any]:
         """Of pages of the size that attention has, with as many records as fit."""
         page_bytes = attention_page_bytes(vllm_config)
@@ -197,14 +208,14 @@ class RecordPages(nn.Module, AttentionLayerBase):
 class RecentPages(RecordPages):
     """Records of the last tokens."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
-        return SlidingWindowSpec(sliding_window=window(self.config), **self.kind(vllm_config))
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        return RecentSpec(sliding_window=window(self.config), **self.kind(vllm_config))
 
 
 class LogPages(RecordPages):
     """The write log: of all tokens, or of those since the last whole stretch if there is a limit."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         kind, config = self.kind(vllm_config), self.config
         length, (n, width) = stretch_length(config, vllm_config), (config.fwpkm_n_subkeys, config.fwpkm_value_dim)
         bytes_a_token = self.page_bytes / kind["block_size"]
@@ -262,7 +273,7 @@ class VersionPages(RecordPages):
 class FoldedPages(VersionPages):
     """What the records of a request's whole stretches add up to, a row a slot."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         length = stretch_length(self.config, vllm_config)
         assert length is not None
         self.stretch = length
@@ -277,7 +288,7 @@ class FoldedPages(VersionPages):
 class KeyPages(VersionPages):
     """What the commits of a request's chunks have made of the sub-keys, a row each."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         kind, chunk = self.of_versions(vllm_config), self.config.fwpkm_chunk_size
         taken, used = self.pages * self.page_bytes, self.count * self.layout.nbytes
         logger.info_once(
@@ -302,7 +313,7 @@ class QueryPages(RecordPages):
         self.page_bytes = max(page_bytes, tokens * self.layout.nbytes)
         return self.bytes_of(tokens, self.layout.nbytes)
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         kind, chunk = self.kind(vllm_config), self.config.fwpkm_chunk_size
         bytes_a_token = self.page_bytes / kind["block_size"]
         logger.info_once(
@@ -316,7 +327,7 @@ class QueryPages(RecordPages):
 class CleaningPages(RecordPages):
     """No pages of its own: what shows vLLM those of the other layers, to be filled with zeros on a CPU."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+    def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         return CleaningSpec(**self.whole_pages(vllm_config))
 
 

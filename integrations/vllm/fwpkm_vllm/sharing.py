@@ -1,4 +1,4 @@
-"""When pages of a write log may be shared, once their records have been written, and for how long they are kept."""
+"""When pages of memories may be shared, once they have been written, and for how long they are kept."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import (
-    ChunkedLocalAttentionManager,
     FullAttentionManager,
     SingleTypeKVCacheManager,
+    SlidingWindowManager,
     register_all_kvcache_specs,
 )
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 
 class Later(SingleTypeKVCacheManager):
-    """Offers a request's blocks to others one step later than attention does, and frees none before.
+    """Offers a request's blocks to others when the step that writes them is over, and not before: the rule for pages of
+    memories of every kind.
 
     vLLM offers blocks when a step is scheduled, to requests of the same step too: attention writes all keys and values
     of a step before it reads any. A memory reads what the chunk before has left, so the requests of a step must not
-    need each other's records.
+    need what another of them writes. What is to be offered is therefore kept until the next step is scheduled, before
+    any block of it is given or freed, or until the request gives its blocks back: at its end, or since it is preempted,
+    and then perhaps in the step in which they were given, which is not counted as computed.
     """
 
-    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        if self.enable_caching:
-            last_block = min(last_block, self.num_cached_block.get(request_id, 0))
-        super()._remove_blocks_in_range(request_id, first_block, last_block)
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.scheduled: dict[str, tuple[Any, int, int | None, Sequence[int]]] = {}
 
     def cache_blocks(
         self,
@@ -37,8 +39,27 @@ class Later(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        written = min(num_tokens, request.num_computed_tokens)
-        super().cache_blocks(request, written, retention_interval, replay_boundaries=replay_boundaries)
+        self.scheduled[request.request_id] = request, num_tokens, retention_interval, replay_boundaries
+
+    def new_step_starts(self) -> None:
+        super().new_step_starts()
+        for request_id in list(self.scheduled):
+            self._offer_what_is_written(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        self._offer_what_is_written(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def _offer_what_is_written(self, request_id: str) -> None:
+        if request_id in self.scheduled:
+            request, tokens, retention_interval, boundaries = self.scheduled.pop(request_id)
+            self.offer(request, min(tokens, request.num_computed_tokens), retention_interval, boundaries)
+
+    def offer(
+        self, request: Any, tokens: int, retention_interval: int | None, replay_boundaries: Sequence[int]
+    ) -> None:
+        """Let others find the blocks of a request's first ``tokens``, which are written."""
+        super().cache_blocks(request, tokens, retention_interval, replay_boundaries=replay_boundaries)
 
 
 class LogSpec(FullAttentionSpec):
@@ -49,17 +70,32 @@ class LogManager(Later, FullAttentionManager):
     """Keeps all of them."""
 
 
+class RecentSpec(SlidingWindowSpec):
+    """Records of the last ``sliding_window`` tokens, the one that reads them included."""
+
+    def first_needed(self, computed: int) -> int:
+        """The first of the tokens whose records are needed when so many are computed."""
+        return max(0, computed - self.sliding_window + 1)
+
+
 class StretchSpec(ChunkedLocalAttentionSpec):
     """Records of the tokens since the last multiple of ``attention_chunk_size``, the length of a stretch."""
 
+    def first_needed(self, computed: int) -> int:
+        """The first of the tokens whose records are needed when so many are computed."""
+        return computed // self.attention_chunk_size * self.attention_chunk_size
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Those of a stretch and of the steps under way, or of these and of the step before, which are offered late."""
-        tokens = max(self.attention_chunk_size, max_in_flight_tokens) + max_in_flight_tokens
+        """Those of a stretch and of the steps under way; stretches may begin inside a block."""
+        tokens = self.attention_chunk_size + max_in_flight_tokens
         return min(1 + -(-tokens // self.block_size), -(-max_model_len // self.block_size))
 
 
-class StretchManager(Later, ChunkedLocalAttentionManager):
-    """Frees the blocks of a stretch once the next one has begun, as those of chunked local attention."""
+class LastManager(Later):
+    """Frees the blocks before the first that is needed, and finds prefixes by those from it on."""
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return self.kv_cache_spec.first_needed(num_computed_tokens)
 
     @classmethod
     def find_longest_cache_hit(
@@ -74,20 +110,30 @@ class StretchManager(Later, ChunkedLocalAttentionManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[Any], ...], int]:
-        """What vLLM's own does, whatever block sizes the other layers have."""
-        size, stretch = kv_cache_spec.block_size, kv_cache_spec.attention_chunk_size
+        """The most tokens of which all blocks are there that the next token needs, be it none.
+
+        vLLM's own finders take a window of one token, which needs nothing, for one that is never there, and know no
+        stretches of other lengths than whole blocks.
+        """
+        size = kv_cache_spec.block_size
         scale = size // block_pool.hash_block_size
-        first = max_length // stretch * stretch // size
-        found: list[list[Any]] = []
-        for block in range(first, max_length // size):
-            cached = block_pool.get_cached_block(block_hashes[(block + 1) * scale - 1], kv_cache_group_ids)
-            if cached is None:
-                break
-            found.append(cached)
-        length = (first + len(found)) * size // alignment_tokens * alignment_tokens
-        del found[length // size - first :]
-        nothing = [block_pool.null_block] * first
-        return tuple(nothing + [blocks[i] for blocks in found] for i in range(len(kv_cache_group_ids))), length
+        length = max_length // alignment_tokens * alignment_tokens
+        while True:
+            first = kv_cache_spec.first_needed(length) // size
+            found: list[list[Any]] = []
+            for block in range(first, length // size):
+                cached = block_pool.get_cached_block(block_hashes[(block + 1) * scale - 1], kv_cache_group_ids)
+                if cached is None:
+                    length = block * size // alignment_tokens * alignment_tokens
+                    break
+                found.append(cached)
+            else:
+                nothing = [block_pool.null_block] * first
+                return tuple(nothing + [blocks[i] for blocks in found] for i in range(len(kv_cache_group_ids))), length
+
+
+class RecentManager(LastManager, SlidingWindowManager):
+    """Of a window's blocks, those are offered that vLLM's retention of windows keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +147,9 @@ class VersionsSpec(ChunkedLocalAttentionSpec):
     pages: int
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """The version that is read, those made in the steps under way, and those not yet offered."""
+        """The version that is read, and those made in the steps under way."""
         stretch = self.attention_chunk_size
-        made = -(-self.held_for(max_in_flight_tokens) // stretch)
-        return self.pages * min(1 + made, max_model_len // stretch)
-
-    def held_for(self, in_flight: int) -> int:
-        """Of how many tokens versions are held at most, when so many are under way, beside the last before them."""
-        return in_flight
+        return self.pages * min(1 + -(-max_in_flight_tokens // stretch), max_model_len // stretch)
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """All versions that a request may come to; vLLM looks where tokens would stand, too."""
@@ -121,10 +162,6 @@ class FoldedSpec(VersionsSpec):
 
 class KeysSpec(VersionsSpec):
     """What commits have made of the sub-keys; stretches are chunks, of which a step may complete many."""
-
-    def held_for(self, in_flight: int) -> int:
-        """Those of the step before, too, which are offered late, and at the end of a block."""
-        return 2 * in_flight + self.block_size
 
 
 class VersionsManager(Later):
@@ -150,21 +187,16 @@ class VersionsManager(Later):
     def _tokens_of_blocks(self, tokens: int) -> int:
         return tokens // self.stretch * self.pages * self.block_size
 
-    def cache_blocks(
-        self,
-        request: Any,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
+    def offer(
+        self, request: Any, tokens: int, retention_interval: int | None, replay_boundaries: Sequence[int]
     ) -> None:
-        """Offer the versions that the steps before have made, by the tokens up to the end of the block they end in.
+        """Offer the versions that were made of ``tokens``, by those up to the end of the block that they end in.
 
         vLLM finds a block by tokens and group: here each page is a group of its own, and a version is found only whole.
         If several end in a block only the last is the version at the block's end.
         """
         size = self.block_pool.hash_block_size
-        written = min(num_tokens, request.num_computed_tokens) // size * size
+        written = tokens // size * size
         known = self.num_cached_block.get(request.request_id, 0) // self.pages
         row = self.req_to_blocks[request.request_id]
         for version in range(known + 1, written // self.stretch + 1):
@@ -223,7 +255,7 @@ class CleaningSpec(FullAttentionSpec):
         return 0
 
 
-class CleaningManager(FullAttentionManager):
+class CleaningManager(Later, FullAttentionManager):
     """Gives none."""
 
     def get_num_blocks_to_allocate(self, *_: Any, **__: Any) -> int:
@@ -235,13 +267,14 @@ class CleaningManager(FullAttentionManager):
     def add_local_computed_blocks(self, *_: Any, **__: Any) -> None:
         return
 
-    def cache_blocks(self, *_: Any, **__: Any) -> None:
+    def offer(self, *_: Any, **__: Any) -> None:
         return
 
 
-MANAGERS: dict[type, type[SingleTypeKVCacheManager]] = {
+MANAGERS: dict[type, type[Later]] = {
     LogSpec: LogManager,
-    StretchSpec: StretchManager,
+    RecentSpec: RecentManager,
+    StretchSpec: LastManager,
     FoldedSpec: VersionsManager,
     KeysSpec: VersionsManager,
     CleaningSpec: CleaningManager,
