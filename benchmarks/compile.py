@@ -262,8 +262,8 @@ def decode(settings: Settings) -> list[Results]:
     for context in settings.contexts:
         cache = caches[context] = FwPKMCache(model.config)
         for piece in ids[:, :context].split(settings.piece, dim=1):
-            model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
-        found = model(input_ids=ids[:, context : context + 1], past_key_values=cache).logits
+            model(input_ids=piece, cache=cache, logits_to_keep=1)
+        found = model(input_ids=ids[:, context : context + 1], cache=cache).logits
         whole = ids[:, : context + 1]
         expected = model(input_ids=whole, logits_to_keep=1).logits
         with lm.storing_nothing(model):
@@ -277,7 +277,7 @@ def decode(settings: Settings) -> list[Results]:
         for context, cache in caches.items():
             token = ids[:, context + 1 + i : context + 2 + i]
             began = time.perf_counter()
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, cache=cache)
             seconds[context].append(time.perf_counter() - began)
     first = statistics.median(seconds[settings.contexts[0]])
     return [

@@ -32,6 +32,7 @@ from fwpkm.data.text import Bytes, joined, named_documents
 from fwpkm.evaluation.adaptation import adaptation
 from fwpkm.evaluation.recall import ask, lower_bound
 from fwpkm.files import write_atomically
+from fwpkm.layers.host import CACHE
 from fwpkm.machine import machine
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
 
@@ -95,8 +96,8 @@ class Decay:
         self.keep = 0.5 ** (1 / half_life)
 
     def __call__(self, module: Any, inputs: Any, result: FwPKMOutput) -> None:
-        assert result.past_key_values is not None
-        memories = result.past_key_values.memories
+        assert result[CACHE] is not None
+        memories = result[CACHE].memories
         for i, state in memories.items():
             memory = state.memory
             require(memory.open is None, "call", "no chunk", "calls of one chunk each")

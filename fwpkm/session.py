@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fwpkm.checks import require
 from fwpkm.data.codec import Codec
+from fwpkm.layers.host import CACHE
 from fwpkm.memory import FastWeights, MemoryState
 from fwpkm.memory.forget import forget
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
@@ -119,7 +120,7 @@ class Session:
         cache = self._cache(self.memories)
         self.model.read(tokens[:, :-1], cache)  # generate() reads the last one
         how = {"do_sample": False, "attention_mask": torch.ones_like(tokens)} | how
-        known = self.model.generate(tokens, past_key_values=cache, max_new_tokens=max_new_tokens, **how)
+        known = self.model.generate(tokens, **{CACHE: cache}, max_new_tokens=max_new_tokens, **how)
         decoder = self.codec.decoder()
         answer: list[int] = known[0, tokens.shape[1] :].tolist()
         return "".join(map(decoder.decode, answer)) + decoder.finish()

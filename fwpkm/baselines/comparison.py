@@ -24,6 +24,7 @@ from fwpkm.demo import DemoSettings, Questions, described, documents, train_with
 from fwpkm.evaluation.perplexity import perplexity
 from fwpkm.evaluation.recall import SIDE_BY_SIDE, ask
 from fwpkm.files import write_atomically
+from fwpkm.layers.host import CACHE
 from fwpkm.machine import machine
 from fwpkm.models import FwPKMForCausalLM, FwPKMOutput
 from fwpkm.progress import Progress
@@ -155,7 +156,7 @@ def measure(model: FwPKMForCausalLM, text: Bytes, settings: DemoSettings) -> dic
     def weigh(module: Any, inputs: Any, result: FwPKMOutput) -> None:
         nonlocal state
         assert result.logits is not None
-        state = state_bytes(result.past_key_values) // result.logits.shape[0]
+        state = state_bytes(result[CACHE]) // result.logits.shape[0]
 
     hook = model.register_forward_hook(weigh)
     for asked in sorted(settings.questions, key=lambda asked: asked.length):

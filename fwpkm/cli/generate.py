@@ -14,6 +14,7 @@ from fwpkm.checks import require
 from fwpkm.cli.console import errors_in_one_line
 from fwpkm.cli.subject import Checkpoint, Subject
 from fwpkm.data.codec import Decoder
+from fwpkm.layers.host import CACHE
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 
 
@@ -57,7 +58,7 @@ def _generate(model: FwPKMForCausalLM, known: Tensor, printer: _Printer, how: di
     cache = FwPKMCache(model.config)
     model.read(known[:, :-1], cache)  # generate() reads the last token
     attention_mask = torch.ones_like(known)
-    model.generate(known, attention_mask=attention_mask, past_key_values=cache, streamer=printer, **how)
+    model.generate(known, attention_mask=attention_mask, **{CACHE: cache}, streamer=printer, **how)
 
 
 class _Printer(BaseStreamer):

@@ -187,7 +187,7 @@ class Step(nn.Module):
                 hidden,
                 memory_state=None if block.memory is None else self._memory_state(block, memory, position),
                 mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 position_embeddings=embeddings,
                 attention_mask=cache.mask(positions),
             )

@@ -160,7 +160,7 @@ def inspect(
     with _recorded(model) as recorded:
         for first in range(0, known.numel(), _PIECE):
             piece = known[first : first + _PIECE + 1].to(model.device)
-            logits = model(piece[:_PIECE].unsqueeze(0), past_key_values=cache).logits[0].float()
+            logits = model(piece[:_PIECE].unsqueeze(0), cache=cache).logits[0].float()
             chances = logits.softmax(-1)
             best = chances.max(-1)
             confidence.append(best.values)

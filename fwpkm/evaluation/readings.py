@@ -79,7 +79,7 @@ def _right(model: FwPKMForCausalLM, codec: Codec, cache: FwPKMCache, question: Q
     both = min(prompt.size, whole.size)  # a tokenizer may join the end of the prompt to the answer
     known = int(np.logical_and.accumulate(prompt[:both] == whole[:both]).sum())
     tokens = torch.from_numpy(whole.astype("int64")).to(model.device)
-    given = model(tokens[None, :-1], past_key_values=cache).logits[0, known - 1 :].argmax(-1)
+    given = model(tokens[None, :-1], cache=cache).logits[0, known - 1 :].argmax(-1)
     right: NDArray[np.bool_] = (given == tokens[known:]).cpu().numpy()
     return right
 

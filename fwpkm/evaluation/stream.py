@@ -45,5 +45,5 @@ def stream(
         if first in resets:
             restart(cache)
         piece = tokens[:, first:last].to(model.device, torch.int64)
-        yield slice(first, last), model(piece, past_key_values=cache, output_memories=True)
+        yield slice(first, last), model(piece, cache=cache, output_memories=True)
         on_tokens(piece.numel())

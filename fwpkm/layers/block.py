@@ -8,6 +8,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Q
 
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM, LayerResult, LayerState
+from fwpkm.layers.host import CACHE
 from fwpkm.layers.mixers import FLASH_LINEAR, FlashLinearAttention
 from fwpkm.layers.pkm import ProductKeyMemory
 
@@ -50,7 +51,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         memory_state: LayerState | None = None,
         mask: Tensor | None = None,
         starts: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **attention: Any,
     ) -> BlockResult:
         """Read a piece of ``B`` rows.
@@ -60,7 +61,7 @@ class DecoderBlock(GradientCheckpointingLayer):
             memory_state: where the memory stopped reading.
             mask: ``[B, T]`` bool, false at tokens to skip.
             starts: ``[B, T]`` bool, true where a sequence begins inside a row.
-            past_key_values: transformers' cache.
+            cache: transformers' cache.
             attention: further arguments of transformers' attention modules: positions, and a mask that says what
                 ``mask`` and ``starts`` say.
         """
@@ -70,9 +71,9 @@ class DecoderBlock(GradientCheckpointingLayer):
             hidden = result.hidden
         mixed, weights = self.input_layernorm(hidden), None
         if self.self_attn is not None:
-            mixed, weights = self.self_attn(mixed, past_key_values=past_key_values, **attention)
+            mixed, weights = self.self_attn(mixed, **{CACHE: cache}, **attention)
         elif self.linear_attn is not None:
-            mixed = self.linear_attn(mixed, past_key_values, mask, starts)
+            mixed = self.linear_attn(mixed, cache, mask, starts)
         hidden = hidden + mixed
         return BlockResult(hidden + self.mlp(self.post_attention_layernorm(hidden)), result, weights)
 

@@ -49,7 +49,7 @@ class FwPKMConfig(PreTrainedConfig):
     """
 
     model_type = "fwpkm"
-    keys_to_ignore_at_inference = ["past_key_values", "gates", "slots"]  # noqa: RUF012 (transformers' own form)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "gates", "slots"]  # noqa: RUF012 (transformers' own form)
 
     vocab_size: int = 256
     hidden_size: int = 768

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from fwpkm.checks import require
+from fwpkm.layers.host import CACHE, one_cache
 from fwpkm.models.cache import FwPKMCache
 
 
@@ -17,10 +18,11 @@ class FwPKMGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: FwPKMCache | None = None,
+        cache: FwPKMCache | None = None,
         attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         commit_after_prompt: bool = False,
+        past_key_values: FwPKMCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``generate`` calls :meth:`forward` with.
@@ -29,37 +31,38 @@ class FwPKMGenerationMixin(GenerationMixin):
         last, incomplete chunk says can be read back only once generation has filled that chunk; attention sees it
         as ever.
         """
+        cache = one_cache(cache, past_key_values)
         if attention_mask is not None:  # looked at for prompts, not for every token
-            one_more = past_key_values is not None and past_key_values.tokens + 1 == input_ids.shape[1]
-            padded = past_key_values.padded if past_key_values and one_more else not attention_mask.all()
+            one_more = cache is not None and cache.tokens + 1 == input_ids.shape[1]
+            padded = cache.padded if cache and one_more else not attention_mask.all()
             attention_mask = attention_mask if padded else None
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         if commit_after_prompt:
-            require(past_key_values is not None, "commit_after_prompt", True, "a cache, which keeps what is committed")
+            require(cache is not None, "commit_after_prompt", True, "a cache, which keeps what is committed")
             inputs["commit_partial"] = bool(is_first_iteration)
         return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         kind = generation_config.cache_implementation
         require(kind in (None, "dynamic"), "cache_implementation", kind, "None: the model brings its own cache")
         require(
             given is None or isinstance(given, FwPKMCache),
-            "past_key_values",
+            CACHE,
             type(given).__name__,
             "a FwPKMCache, which holds the memories too",
         )
         if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = FwPKMCache(self.config)
+            model_kwargs[CACHE] = FwPKMCache(self.config)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

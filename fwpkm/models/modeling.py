@@ -21,6 +21,7 @@ from fwpkm.layers.block import DecoderBlock
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM
+from fwpkm.layers.host import CACHE, one_cache
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
@@ -80,7 +81,7 @@ class FwPKMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["DecoderBlock"]  # noqa: RUF012 (transformers' own form)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -124,7 +125,7 @@ class FwPKMModel(FwPKMPreTrainedModel):
     """The language model without its head: embeddings, blocks, and a norm.
 
     A forward changes none of the model's tensors: memories start from the checkpoint, belong to the sequences of the
-    call, and live on in ``past_key_values`` when it is passed on. With ``fwpkm_scope="shared"`` a training forward
+    call, and live on in its ``cache`` when that is passed on. With ``fwpkm_scope="shared"`` a training forward
     writes to one memory of the whole batch instead, which :meth:`commit` writes into the model: the next training
     forward does so when it starts, and so does saving.
     """
@@ -146,13 +147,14 @@ class FwPKMModel(FwPKMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: FwPKMCache | None = None,
+        cache: FwPKMCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_memories: bool = False,
         commit_partial: bool = False,
+        past_key_values: FwPKMCache | None = None,
     ) -> FwPKMModelOutput:
         """Read a piece of ``B`` sequences.
 
@@ -162,15 +164,16 @@ class FwPKMModel(FwPKMPreTrainedModel):
                 these; None if all are. What masked tokens give has no meaning, and they change nothing.
             position_ids: ``[B, T]``, by default those of the real tokens of a row. Where they do not count up by one,
                 another sequence begins, and sees nothing of those before it in the row, except through a ``shared``
-                memory in training (without ``attention_mask`` and ``past_key_values`` only).
-            past_key_values: where an earlier call on the same sequences stopped (its ``past_key_values``); updated.
+                memory in training (without ``attention_mask`` and ``cache`` only).
+            cache: where an earlier call on the same sequences stopped; updated. Its other name, ``past_key_values``, is
+                that of transformers before 5.24; the output has the name that the installed transformers knows.
             inputs_embeds: ``[B, T, D]``, in the place of ``input_ids``.
-            use_cache: return ``past_key_values`` also if none came in.
+            use_cache: return a cache also if none came in.
             output_attentions: return what each block's attention weighed, ``[B, heads, T, S]`` (None for linear
                 attention); attention implementation ``"eager"`` alone knows it.
             output_hidden_states: return ``[B, T, D]`` before each block and after the last norm.
             output_memories: return what the memories did.
-            commit_partial: commit the memories' open chunks after these tokens (into ``past_key_values``).
+            commit_partial: commit the memories' open chunks after these tokens (into ``cache``).
 
         Raises:
             ValueError: for a wrong shape or dtype, or both or neither of ``input_ids`` and ``inputs_embeds``.
@@ -191,21 +194,22 @@ class FwPKMModel(FwPKMPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if past_key_values is None and use_cache:
-            past_key_values = FwPKMCache(self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        placement = place(hidden, past, attention_mask, position_ids, cached=past_key_values is not None)
+        cache = one_cache(cache, past_key_values)
+        if cache is None and use_cache:
+            cache = FwPKMCache(self.config)
+        past = 0 if cache is None else cache.get_seq_length()
+        placement = place(hidden, past, attention_mask, position_ids, cached=cache is not None)
         layer_types = self.config.layer_types or []
-        masks = attention_masks(self.config, hidden, past_key_values, placement)
+        masks = attention_masks(self.config, hidden, cache, placement)
         position_embeddings = self.rotary_emb(hidden, placement.positions)
         results, weights, passed = [], [], [hidden]
         for i, block in enumerate(self.layers):
             hidden, memory, weight = block(
                 hidden,
-                memory_state=None if past_key_values is None else past_key_values.memories.get(i),
+                memory_state=None if cache is None else cache.memories.get(i),
                 mask=placement.mask,
                 starts=placement.starts,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_embeddings=position_embeddings,
                 attention_mask=masks.get(layer_types[i]),
             )
@@ -213,17 +217,17 @@ class FwPKMModel(FwPKMPreTrainedModel):
             passed.append(hidden)
             if memory is not None:
                 results.append(memory)
-                if past_key_values is not None:
-                    past_key_values.memories[i] = memory.state
-        if past_key_values is not None:
-            past_key_values.tokens += hidden.shape[1]
-            past_key_values.padded |= placement.attention_mask is not None
+                if cache is not None:
+                    cache.memories[i] = memory.state
+        if cache is not None:
+            cache.tokens += hidden.shape[1]
+            cache.padded |= placement.attention_mask is not None
             if commit_partial:
-                past_key_values.flush()
+                cache.flush()
         hidden = self.norm(hidden)
         output = FwPKMModelOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=(*passed[:-1], hidden) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,
         )
@@ -248,10 +252,10 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
         self.post_init()
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor, past_key_values: FwPKMCache) -> None:
-        """Read ``[B, T]`` tokens, of which there may be none, into ``past_key_values``, in pieces."""
+    def read(self, input_ids: Tensor, cache: FwPKMCache) -> None:
+        """Read ``[B, T]`` tokens, of which there may be none, into ``cache``, in pieces."""
         for piece in input_ids.split(_PIECE, 1) if input_ids.shape[1] else ():
-            self(piece, past_key_values=past_key_values, logits_to_keep=1)
+            self(piece, cache=cache, logits_to_keep=1)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -259,7 +263,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: FwPKMCache | None = None,
+        cache: FwPKMCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -269,6 +273,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
         output_memories: bool = False,
         commit_partial: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: FwPKMCache | None = None,
     ) -> FwPKMOutput:
         """Read a piece of ``B`` sequences, and predict the token after each of theirs.
 
@@ -291,7 +296,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -305,7 +310,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
         logits = self.lm_head(hidden[:, kept])
         output = FwPKMOutput(
             logits=logits,
-            past_key_values=read.past_key_values,
+            **{CACHE: getattr(read, CACHE)},
             hidden_states=read.hidden_states,
             attentions=read.attentions,
             gates=read.gates if output_memories else None,

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from fwpkm.checks import require, require_dtype, require_shape
+from fwpkm.layers.host import CACHE
 from fwpkm.models.configuration import FwPKMConfig
 
 ATTENTION_MASKS = {
@@ -88,7 +89,7 @@ def attention_masks(config: FwPKMConfig, hidden: Tensor, cache: Any, placement: 
             config=config,
             inputs_embeds=hidden,
             attention_mask=placement.attention_mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             # Looked at only for where sequences begin: a compiled graph, which cannot look, would always get a mask.
             position_ids=None if placement.starts is None else placement.positions,
             layer_idx=layer_types.index(kind),  # whose cache the size is taken from
