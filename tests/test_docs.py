@@ -101,7 +101,7 @@ def check_command(words: list[str]) -> None:
     if program == "fwpkm":
         parse(arguments)
     elif program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets)
     elif program == "python" and arguments[0] == "-m":
         assert find_spec(arguments[1]), arguments[1]
