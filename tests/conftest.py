@@ -21,12 +21,12 @@ common = settings(
     suppress_health_check=[HealthCheck.too_slow],
     database=DirectoryBasedExampleDatabase(Path(__file__).parents[1] / ".hypothesis" / "examples"),
 )
-settings.register_profile("dev", common, max_examples=10)
-settings.register_profile("ci", common, max_examples=40, derandomize=True, database=None)
+settings.register_profile("ci", common, max_examples=40, derandomize=True, database=None)  # what `make test` draws, too
+settings.register_profile("brief", settings.get_profile("ci"), max_examples=10)
 settings.register_profile("nightly", common, max_examples=300)
 once = (Phase.explicit, Phase.generate)
 settings.register_profile("faults", settings.get_profile("ci"), phases=once, report_multiple_bugs=False)  # tests.faults
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "ci")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,11 @@
 """The memory layer on the tokens of many requests gives what ``fwpkm.layers.FwPKM`` gives for each alone."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from fwpkm_vllm import step
+from fwpkm_vllm.folded import Folded
 from fwpkm_vllm.keys import TOGETHER, parts
 from fwpkm_vllm.records import MOST, Field, Layout, log_layout, stretch, tokens_per_page
 from fwpkm_vllm.step import Batch, Step, serve
@@ -64,7 +68,7 @@ def check_any_cut(server: Server, requests: list[Request], data: st.DataObject) 
         for request in [r for r in server.requests if r.computed == r.length]:
             server.remove(request)
     for request in requests:
-        expected = alone(server.layer, server.documents[request.document], request.origin)
+        expected = alone(server.layer, server.documents[request.document], request.origin, request)
         torch.testing.assert_close(torch.cat(got[request.document]), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -99,6 +103,71 @@ def test_a_log_may_be_folded_at_any_time(
     check_any_cut(server, [server.add(i, length) for i in range(2)], data)
     for kind, pool in server.pools.items():
         assert len(pool.free) == len(pool.holders) - 1, f"{kind} pages were kept"
+
+
+@pytest.mark.parametrize("log_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("others", [0, 2])
+def test_what_a_token_reads_from_depends_on_its_place_alone(others, log_dtype, monkeypatch):
+    """Which rows, and how many records beside them: not on steps, nor on requests that fold theirs beside it."""
+    layer = memory_layer(0, chunk_size=3, log_dtype=log_dtype)
+    texts = documents(layer, 0, 1 + others, 50)
+    versions, lengths = Folded.read, step.log_read
+    seen: dict[str, torch.Tensor] = {}
+    found: list[tuple[int, int, int]] = []
+
+    def read_rows(self: Folded, slots, weights, requests, version):
+        seen["version"] = version
+        return versions(self, slots, weights, requests, version)
+
+    def read_log(values, slots, weights, pages, table, requests, committed, *more):
+        for token in (requests == 0).nonzero().flatten().tolist():
+            found.append((int(seen["positions"][token]), int(seen["version"][token]), int(committed[token])))
+        return lengths(values, slots, weights, pages, table, requests, committed, *more)
+
+    def positions(now: Step) -> Step:
+        seen["positions"] = now.batch.positions
+        return now
+
+    monkeypatch.setattr(Folded, "read", read_rows)
+    monkeypatch.setattr(step, "log_read", read_log)
+    for cuts in ([1] * 50, [7, 8, 9, 1, 6, 9, 9, 1], [4, 9, 9, 9, 9, 9, 1]):
+        server = Server(layer, texts, 3, 1, 4, blocks=300)
+        assert server.stretch == 9
+        first, *rest = (server.add(i, 50) for i in range(1 + others))
+        found.clear()
+        for count in cuts:
+            pieces = [(first, count), *((other, 1) for other in rest)]
+            assert all(server.allocate(*piece) for piece in pieces)
+            server.step(pieces, change=positions)
+        starts = [position // 3 * 3 for position in range(50)]
+        assert sorted(found) == [(i, start // 9, start % 9) for i, start in enumerate(starts)]
+
+
+@pytest.mark.parametrize("fault", [None, "a chunk less", "a chunk twice", "not rounded"])
+def test_wrong_rows_are_noticed(fault, monkeypatch):
+    """With a log in half precision too, whose records are checked and gone on with."""
+    layer = memory_layer(0, chunk_size=3, lookahead=1, log_dtype="bfloat16")
+    make = Folded.make
+
+    def wrong(self: Folded, request, version, slots, coefficients, residuals, *more):
+        if fault == "a chunk less":
+            coefficients = torch.where(torch.arange(9).unsqueeze(1) >= 6, 0, coefficients)
+        elif fault == "a chunk twice":
+            coefficients = torch.where(torch.arange(9).unsqueeze(1) >= 6, 2 * coefficients, coefficients)
+        elif fault == "not rounded":
+            residuals = residuals.float() * (1 + 2**-8)
+        make(self, request, version, slots, coefficients, residuals, *more)
+
+    monkeypatch.setattr(Folded, "make", wrong)
+    server = Server(layer, documents(layer, 0, 1, 50), 3, 1, 4, blocks=300)
+    request, got = server.add(0, 50), []
+    while request.computed < 50:
+        count = min(7, 50 - request.computed)
+        assert server.allocate(request, count)
+        got += server.step([(request, count)])
+    with pytest.raises(AssertionError) if fault else nullcontext():
+        expected = alone(layer, server.documents[0], request=request)
+        torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folded_log_holds_one_stretch_and_one_version():
@@ -168,7 +237,7 @@ def test_a_half_precision_log_rounds_as_the_layer_does():
         count = min(11, 64 - request.computed)
         assert server.allocate(request, count)
         got += server.step([(request, count)])
-    expected = alone(layer, text)
+    expected = alone(layer, text, request=request)
     torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
     exact = memory_layer(3, 4, lookahead=1, chunk_size=8, write_scale="exact")
     assert (alone(exact, text) - expected).abs().max() > 1e-3, "this document must be one where rounding shows"
@@ -273,10 +342,10 @@ def test_a_step_is_one_graph_that_waits_for_nothing():
     texts = documents(still, 0, 2, 32)
     whole = torch.compile(serve, fullgraph=True, backend="eager")
 
-    def compiled(step: Step) -> Step:
-        hidden = torch.randn(len(step.batch.requests), 10, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(whole(layer, hidden, step), serve(layer, hidden, step))
-        return step
+    def compiled(now: Step) -> Step:
+        hidden = torch.randn(len(now.batch.requests), 10, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(whole(layer, hidden, now), serve(layer, hidden, now))
+        return now
 
     fast = memory_layer(1, 3, chunk_size=8, write_scale="exact", key_update="fast")
     for layer, counts, rows in (

@@ -23,6 +23,7 @@ from fwpkm.layers import FwPKM
 from fwpkm.memory import MemoryConfig
 from fwpkm.models import FwPKMConfig
 from fwpkm.ops import key_commit, product_key_address
+from tests.rounding import by_token, following
 
 LIMIT = 8  # of the log of a request, in tokens, where logs are folded
 NOBODY = 0  # the block that padding is written to
@@ -37,6 +38,7 @@ class Request:
     origin: int = 0  # where its memory commits early
     computed: int = 0
     blocks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    residuals: list[Tensor] = field(default_factory=list)  # of its records, of each step
 
 
 class Pool:
@@ -183,7 +185,7 @@ class Server:
 
     def preempt(self, request: Request) -> None:
         self.release(request)
-        request.computed = 0
+        request.computed, request.residuals = 0, []
 
     def remove(self, request: Request) -> None:
         self.release(request)
@@ -233,8 +235,10 @@ class Server:
         step = Step(batch, pages["log"], pages["recent"], folded, keys)
         with torch.no_grad():
             out = serve(self.layer, torch.cat(hidden), change(step) if change else step)
-        for request, count in pieces:
+        written = pages["log"].read("residuals", batch.owners, batch.positions)[: total - padding].float()
+        for (request, count), residuals in zip(pieces, written.split(counts.tolist()), strict=True):
             request.computed += count
+            request.residuals.append(residuals)
         return list(out[: total - padding].split(counts.tolist()))
 
 
@@ -282,11 +286,19 @@ def documents(layer: FwPKM, seed: int, count: int, length: int, common: Sequence
     return found
 
 
-def alone(layer: FwPKM, document: Tensor, origin: int = 0) -> Tensor:
-    """What :class:`FwPKM` itself gives for ``document``, with an early commit at ``origin``."""
+def alone(layer: FwPKM, document: Tensor, origin: int = 0, request: Request | None = None) -> Tensor:
+    """What :class:`FwPKM` itself gives for ``document``, with an early commit at ``origin``.
+
+    With a log in half precision it goes on with the records of a ``request``, having checked them, if one is given.
+    """
     with torch.no_grad():
         if not origin:
-            return layer(document.unsqueeze(0))[0][0]
+            if request is None or layer.config.log_dtype == "float32":
+                return layer(document.unsqueeze(0))[0][0]
+            records = by_token(torch.cat(request.residuals), layer.config.lookahead)
+            with following([records.unsqueeze(0)]):
+                return layer(document.unsqueeze(0))[0][0]
+        assert layer.config.log_dtype == "float32", "early commits are not followed"
         first, state = layer(document[None, :origin])
         rest, _ = layer(document[None, origin:], state._replace(memory=state.memory.flush()))
         return torch.cat((first, rest), 1)[0]

@@ -29,17 +29,16 @@ class Folded:
     stretch: int
     due: Sequence[tuple[int, int]]
 
-    def covered(self, computed: Tensor) -> Tensor:
-        """How many records of requests that have computed so many tokens are in their rows."""
-        return computed // self.stretch * self.stretch
+    def version(self, computed: Tensor) -> Tensor:
+        """The number of the rows that there are once so many tokens have been computed; 0 for none yet."""
+        return computed // self.stretch
 
-    def read(self, slots: Tensor, weights: Tensor, requests: Tensor, computed: Tensor) -> Tensor:
-        """``sum_j weights[t, j] * rows[slots[t, j]]`` of the requests ``[T]``, which have computed so many tokens.
+    def read(self, slots: Tensor, weights: Tensor, requests: Tensor, version: Tensor) -> Tensor:
+        """``sum_j weights[t, j] * rows[slots[t, j]]`` of the requests ``[T]``, in the ``version [T]`` of their rows.
 
-        ``[T, Dv]``; 0 where there are no rows yet.
+        ``[T, Dv]``; 0 in version 0.
         """
-        version, rows = computed // self.stretch, self.versions.rows
-        there = (version > 0).unsqueeze(1)
+        rows, there = self.versions.rows, (version > 0).unsqueeze(1)
         block, offset = self.versions.places(requests, version.clamp_min(1), torch.where(there, slots, 0))
         block = torch.where(there, block, 0)
         out = weights.new_zeros(slots.shape[0], rows.shape[2])

@@ -159,37 +159,42 @@ def read_and_write(
     stores = (source >= start).unsqueeze(1)
     fields = log.fields
     paged = PagedLog(fields["slots"], fields["coefficients"], fields["residuals"])
-    table, committed, older = log.table, start, None
-    if step.folded is not None:  # the log begins where the rows end
-        covered = step.folded.covered(batch.computed)
-        older = step.folded.read(slots, weights, batch.owners, batch.computed[batch.owners])
-        page = paged.slots.shape[1]
-        table = log.from_blocks(covered // page, -(-(step.folded.stretch + batch.longest) // page))
-        committed = start - covered[batch.owners]
     reads = torch.zeros_like(target)
-    for i in range(batch.rounds(config.chunk_size)):
-        here = (round_of == i) & (batch.requests >= 0)
-        requests = torch.where(here, batch.requests, -1)
-        read = log_read(
-            values,
-            slots,
-            weights,
-            paged,
-            table,
-            requests,
-            committed,
-            config.chunk_size,
-            config.lookahead,
-            batch.origins,
-        )
-        read = read if older is None else read + older
-        reads = torch.where(here.unsqueeze(1), read, reads)
-        recent.write("reads", read, here)
-        before, its_gate = (recent.read(name, batch.owners, source) for name in ("reads", "gates"))
-        log.write("residuals", torch.where(stores, its_gate * (target - before), 0), here)
-    if step.folded is not None:
-        for request, version in step.folded.due:
-            _fold(step.folded, request, version, log, len(values), config)
+    for made in range(1 if step.folded is None or not step.folded.due else 2):
+        table, committed, older, mine = log.table, start, None, batch.requests >= 0
+        if step.folded is not None:
+            # What was folded when a token's chunk began, though this step may have begun before: whatever the steps
+            # are, a token reads from the same rows and the same records. A step completes one stretch at most.
+            if made:
+                for request, version in step.folded.due:
+                    _fold(step.folded, request, version, log, len(values), config)
+            before = step.folded.version(batch.computed) + made
+            mine &= step.folded.version(start) == before[batch.owners]
+            older = step.folded.read(slots, weights, batch.owners, torch.where(mine, before[batch.owners], 0))
+            covered = before * step.folded.stretch
+            page = paged.slots.shape[1]
+            table = log.from_blocks(covered // page, -(-(step.folded.stretch + batch.longest) // page))
+            committed = start - covered[batch.owners]
+        for i in range(batch.rounds(config.chunk_size)):
+            here = (round_of == i) & mine
+            requests = torch.where(here, batch.requests, -1)
+            read = log_read(
+                values,
+                slots,
+                weights,
+                paged,
+                table,
+                requests,
+                committed,
+                config.chunk_size,
+                config.lookahead,
+                batch.origins,
+            )
+            read = read if older is None else read + older
+            reads = torch.where(here.unsqueeze(1), read, reads)
+            recent.write("reads", read, here)
+            before_it, its_gate = (recent.read(name, batch.owners, source) for name in ("reads", "gates"))
+            log.write("residuals", torch.where(stores, its_gate * (target - before_it), 0), here)
     return reads
 
 
