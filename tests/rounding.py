@@ -1,11 +1,11 @@
-"""What holds of residuals in half precision however they came about, and a check of it for tests that compare two paths.
+"""What holds of residuals in half precision however they came about, and a check of it for tests of two paths.
 
-A residual is computed in float32 and rounded once. Two ways to compute it differ in the last bits of a float32, so where
-it lies that close to the middle of two half-precision numbers one path may round it up and another down; and what is
-read later differs by what that changes. So two paths do not have the same records. What holds of each (docs/design.md,
-section 3): **a record is the rounding of a number within float32's error of what the records before it give.** Here a
-path's records are checked one by one in a second computation, which goes on with the path's own: what both read is then
-the same but for float32's error, however long the text.
+A residual is computed in float32 and rounded once. Two ways to compute it differ in the last bits of a float32, so
+where it lies that close to the middle of two half-precision numbers one path may round it up and another down; and
+what is read later differs by what that changes. So two paths do not have the same records. What holds of each
+(docs/design.md, section 3): **a record is the rounding of a number within float32's error of what the records before it
+give.** Here a path's records are checked one by one in a second computation, which goes on with the path's own: what
+both read is then the same but for float32's error, however long the text.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Followed:
 
 @contextmanager
 def following(records: Sequence[Tensor]) -> Iterator[Followed]:
-    """Have memories that read a text in one call go on with residuals of another path: of each ``[M, T, Dv]``, by token.
+    """Have memories that read a text in one call go on with another path's residuals, of each ``[M, T, Dv]`` by token.
 
-    One after the other as they read it. The path has to have had residuals for all chunks but the last.
+    They are taken in the order in which the memories read. There have to be some for all chunks but the last.
     """
     original, followed, layer = SCAN._residuals, Followed(), -1
 
