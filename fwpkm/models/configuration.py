@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from fwpkm.checks import require, require_choice
-from fwpkm.layers.mixers import FLASH_LINEAR, WINDOWED
+from fwpkm.layers.mixers import FLASH_LINEAR
 from fwpkm.memory import MemoryConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
@@ -143,8 +143,6 @@ class FwPKMConfig(PreTrainedConfig):
         enough = self.pkm_topk <= self.pkm_n_subkeys
         require(enough, "pkm_topk", self.pkm_topk, "at most pkm_n_subkeys ({})", self.pkm_n_subkeys)
         self.memory_config()  # refuses what a memory cannot do
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = WINDOWED
         super().__post_init__(**kwargs)
 
     def validate_layer_type(self) -> None:

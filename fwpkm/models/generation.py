@@ -20,6 +20,7 @@ class FwPKMGenerationMixin(GenerationMixin):
         input_ids: Tensor,
         cache: FwPKMCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         commit_after_prompt: bool = False,
         past_key_values: FwPKMCache | None = None,
@@ -40,6 +41,7 @@ class FwPKMGenerationMixin(GenerationMixin):
             input_ids,
             **{CACHE: cache},
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

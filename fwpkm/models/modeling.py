@@ -14,6 +14,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from fwpkm.checks import require, require_dtype, require_shape
@@ -22,12 +23,15 @@ from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.host import CACHE, one_cache
+from fwpkm.layers.mixers import WINDOWED
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.generation import FwPKMGenerationMixin
 from fwpkm.models.placement import attention_masks, place
 from fwpkm.ops import keep_addresses
+
+logger = logging.get_logger(__name__)
 
 _PIECE = 4096  # tokens read at once
 
@@ -89,6 +93,11 @@ class FwPKMPreTrainedModel(PreTrainedModel):
             module.reset_memory()
         elif isinstance(module, CausalConvolution | GatedDeltaNet):
             module.reset_parameters()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The attention implementation: torch's, by windows where there are some, unless another is asked for."""
+        asked = WINDOWED if requested_attention is None else requested_attention
+        return super().get_correct_attn_implementation(asked, is_init_check)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -169,8 +178,8 @@ class FwPKMModel(FwPKMPreTrainedModel):
                 that of transformers before 5.24; the output has the name that the installed transformers knows.
             inputs_embeds: ``[B, T, D]``, in the place of ``input_ids``.
             use_cache: return a cache also if none came in.
-            output_attentions: return what each block's attention weighed, ``[B, heads, T, S]`` (None for linear
-                attention); attention implementation ``"eager"`` alone knows it.
+            output_attentions: return what each attention block weighed, ``[B, heads, T, S]``, which attention
+                implementation ``"eager"`` alone knows: None, and a warning, with others.
             output_hidden_states: return ``[B, T, D]`` before each block and after the last norm.
             output_memories: return what the memories did.
             commit_partial: commit the memories' open chunks after these tokens (into ``cache``).
@@ -194,6 +203,8 @@ class FwPKMModel(FwPKMPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once("output_attentions needs attention implementation 'eager'; no attentions are returned")
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = FwPKMCache(self.config)
@@ -213,7 +224,8 @@ class FwPKMModel(FwPKMPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=masks.get(layer_types[i]),
             )
-            weights.append(weight)
+            if weight is not None:
+                weights.append(weight)
             passed.append(hidden)
             if memory is not None:
                 results.append(memory)
@@ -229,7 +241,7 @@ class FwPKMModel(FwPKMPreTrainedModel):
             last_hidden_state=hidden,
             **{CACHE: cache},
             hidden_states=(*passed[:-1], hidden) if output_hidden_states else None,
-            attentions=tuple(weights) if output_attentions else None,
+            attentions=(tuple(weights) or None) if output_attentions else None,
         )
         if output_memories and results:
             gates = tuple(r.gate for r in results)
@@ -308,27 +320,30 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, FwPKMGenerationMixin):
         hidden = read.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        output = FwPKMOutput(
+        loss: Tensor | None = None
+        parts: dict[str, Tensor | None] = {}
+        if labels is not None:
+            require_shape("labels", labels, hidden.shape[:2])
+            vocabulary = self.config.vocab_size
+            loss = self.loss_function(logits, labels, vocabulary, num_items_in_batch=num_items_in_batch)
+        if training:
+            assert labels is not None
+            assert loss is not None
+            parts = {"token_loss": loss, "addressing_loss": read.addressing_loss, "mean_gate": read.mean_gate}
+            terms = self._further_terms(read)
+            if terms is not None and num_items_in_batch is not None:
+                terms = terms * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+            loss = loss if terms is None else loss + terms
+        return FwPKMOutput(
+            loss=loss,
             logits=logits,
             **{CACHE: getattr(read, CACHE)},
             hidden_states=read.hidden_states,
             attentions=read.attentions,
+            **parts,
             gates=read.gates if output_memories else None,
             slots=read.slots if output_memories else None,
         )
-        if labels is not None:
-            require_shape("labels", labels, hidden.shape[:2])
-            vocabulary = self.config.vocab_size
-            output.loss = self.loss_function(logits, labels, vocabulary, num_items_in_batch=num_items_in_batch)
-        if training:
-            assert labels is not None
-            output.token_loss = output.loss
-            output.addressing_loss, output.mean_gate = read.addressing_loss, read.mean_gate
-            terms = self._further_terms(read)
-            if terms is not None and num_items_in_batch is not None:
-                terms = terms * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
-            output.loss = output.loss if terms is None else output.loss + terms
-        return output
 
     def _further_terms(self, read: FwPKMModelOutput) -> Tensor | None:
         """What the loss of training has beside the cross entropy."""
