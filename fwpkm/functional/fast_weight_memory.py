@@ -16,6 +16,7 @@ from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import addressing_loss, subkey_usage
 from fwpkm.memory.state import MemoryState
+from fwpkm.ops.autocast import without_autocast
 
 
 class MemoryResult(NamedTuple):
@@ -69,10 +70,10 @@ def fast_weight_memory(
     """
     require_shape("query", query, ("B", "T", "H", "Dk"))
     batch, length = query.shape[:2]
-    state = memory if isinstance(memory, MemoryState) else MemoryState.start(memory, config, batch)
+    state = memory.usable() if isinstance(memory, MemoryState) else MemoryState.start(memory, config, batch)
     _check(query, target, gate, state, config, mask, reset)
     shared = config.scope == "shared"
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         pattern = "b t ... -> 1 (t b) ..." if shared else "b t ... -> b t ..."
         target, gate = (x.to(state.values.dtype) for x in (target, gate))
         if query.dtype not in (torch.bfloat16, torch.float16):  # which operators take as they come

@@ -30,6 +30,19 @@ class CausalConvolution(nn.Module):
         return x + causal_convolution(x, self.weight.to(x.dtype), past, mask, starts)[0]
 
 
+class ContinuedConv1d(nn.Conv1d):
+    """transformers' depthwise convolution, by its weights, which goes on where the last call stopped."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False, padding=width - 1)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``conv(x) [B, T, D]`` and the next ``past``; the arguments are those of :func:`causal_convolution`."""
+        return causal_convolution(x, self.weight.squeeze(1).to(x.dtype), past, mask, starts)
+
+
 def causal_convolution(
     x: Tensor, weight: Tensor, past: Tensor | None = None, mask: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

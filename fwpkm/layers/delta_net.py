@@ -9,7 +9,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from fwpkm.layers.convolution import causal_convolution
+from fwpkm.layers.convolution import ContinuedConv1d
+from fwpkm.memory.appendable import normal
 from fwpkm.ops import gated_delta_rule
 
 # The logarithm of the decay where a sequence begins: exp(-128) is 0 in float32.
@@ -23,6 +24,10 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
     wherever they are, and share a row with others. The delta rule is :func:`fwpkm.ops.gated_delta_rule`, one operator
     for any length.
     """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.conv1d = ContinuedConv1d(self.conv_dim, self.conv_kernel_size)
 
     def reset_parameters(self) -> None:
         """Draw the parameters of the decay as Qwen3-Next does; the others are drawn by their modules."""
@@ -52,7 +57,7 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
         )
         past, state = self._past(cache_params)
         x = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
-        x, past = causal_convolution(x, self.conv1d.weight.squeeze(1).to(x.dtype), past, attention_mask, starts)
+        x, past = self.conv1d(x, past, attention_mask, starts)
         parts = ACT2FN[self.activation](x).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
         query, key = (part.unflatten(-1, (self.num_k_heads, -1)) for part in parts[:2])
         value = parts[2].unflatten(-1, (self.num_v_heads, -1))
@@ -78,6 +83,9 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
         if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
         layer = cache.layers[self.layer_idx]
+        if not torch.compiler.is_compiling():
+            for states in (layer.conv_states, layer.recurrent_states):
+                states[0] = normal(states[0])
         state = layer.recurrent_states[0]
         # The cache will be overwritten in place, which a backward through this call must not see.
-        return layer.conv_states[0][..., 1:].mT, state.clone() if state.requires_grad else state
+        return layer.conv_states[0][..., 1:].mT, state.clone() if torch.is_grad_enabled() else state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
-from fwpkm.layers.weights import MemoryWeights
+from fwpkm.layers.weights import MemoryWeights, at_least_float32
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
-from fwpkm.memory.appendable import Appendable
+from fwpkm.memory.appendable import Appendable, normal
 from fwpkm.memory.changes import Changes
 from fwpkm.memory.packing import last, rows, unmasked_first
 
@@ -29,6 +29,10 @@ class LayerState(NamedTuple):
     def select(self, indices: Tensor) -> LayerState:
         """The rows ``indices``, as :meth:`fwpkm.MemoryState.select`."""
         return LayerState(self.memory.select(indices), self.inputs and self.inputs.select(indices))
+
+    def detach(self) -> LayerState:
+        """The same, cut from the graph that computed it, as :meth:`fwpkm.MemoryState.detach`."""
+        return LayerState(self.memory.detach(), self.inputs and self.inputs.map(Tensor.detach))
 
     def crop(self, tokens: int, reach: int) -> LayerState:
         """Without the last ``tokens`` of every row, as :meth:`fwpkm.MemoryState.crop`.
@@ -97,6 +101,7 @@ class FwPKM(MemoryWeights):
         persists = config.scope == "shared" and learn_initial_values
         require(not persists, "learn_initial_values", True, "False with scope 'shared': its memory is written there")
         self.config = config
+        self.hidden_size = hidden_size
         self.query_norm = nn.RMSNorm(hidden_size)
         self.query = nn.Linear(hidden_size, heads * key_dim)
         self.value_norm = nn.RMSNorm(hidden_size)
@@ -110,8 +115,6 @@ class FwPKM(MemoryWeights):
 
         self.pending: Changes | None = None
         self.discard()
-        self.register_state_dict_pre_hook(lambda *_: self.commit())
-        self.register_load_state_dict_pre_hook(lambda *_: self.discard())
 
     def forward(
         self,
@@ -143,7 +146,7 @@ class FwPKM(MemoryWeights):
         starts: Tensor | None = None,
     ) -> LayerResult:
         """:meth:`forward` with everything that happened: gates, slots, weights, addressing loss."""
-        require_shape("hidden", hidden, ("B", "T", self.query.in_features))
+        require_shape("hidden", hidden, ("B", "T", self.hidden_size))
         for name, flags in (("mask", mask), ("starts", starts)):
             if flags is not None:
                 require_shape(name, flags, hidden.shape[:2])
@@ -192,7 +195,16 @@ class FwPKM(MemoryWeights):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FwPKM:
         self.commit()  # where the fast weights still are
         super()._apply(fn, recurse)
+        self.discard()  # and nothing waits where they have been
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.commit()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.discard()
 
     def _inputs(
         self, hidden: Tensor, before: Appendable | None, mask: Tensor | None, starts: Tensor | None
@@ -203,6 +215,8 @@ class FwPKM(MemoryWeights):
         reach = self.query_conv.width - 1
         if before is None:
             before = Appendable.of([hidden.new_zeros(hidden.shape[0], reach, hidden.shape[2])])
+        elif not torch.compiler.is_compiling():
+            before = before.map(normal)
         past = before.last(reach)[0]
         convolved = []
         for norm, conv in ((self.query_norm, self.query_conv), (self.gate_norm, self.gate_conv)):
@@ -237,8 +251,3 @@ def zscore(x: Tensor) -> Tensor:
     """Each vector with mean 0 and unbiased standard deviation 1, in float32 (DESIGN 2.10)."""
     x = at_least_float32(x)
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,6 +1,5 @@
 """The slow product-key memory layer: a large table that is learned, in the place of an MLP."""
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -8,6 +7,7 @@ from torch.nn.functional import silu
 from fwpkm.checks import require, require_shape
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.ops import memory_read, product_key_address
+from fwpkm.ops.autocast import without_autocast
 
 
 class ProductKeyMemory(MemoryWeights):
@@ -43,16 +43,16 @@ class ProductKeyMemory(MemoryWeights):
         super().__init__(n_subkeys, key_dim, value_dim, heads, learn_keys=True, learn_values=True)
         require(hidden_size >= 1, "hidden_size", hidden_size, "a positive integer")
         require(1 <= topk <= n_subkeys, "topk", topk, "1 <= topk <= n_subkeys ({})", n_subkeys)
-        self.topk = topk
+        self.hidden_size, self.topk = hidden_size, topk
         self.query = nn.Linear(hidden_size, heads * key_dim, bias=False)
         self.gate = nn.Linear(hidden_size, value_dim, bias=False)
         self.output = nn.Linear(value_dim, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``hidden [B, T, D]`` -> ``[B, T, D]``."""
-        require_shape("hidden", hidden, ("B", "T", self.query.in_features))
+        require_shape("hidden", hidden, ("B", "T", self.hidden_size))
         query = rearrange(self.query(hidden), "b t (h d) -> 1 (b t) h d", h=self.heads)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             scores, slots, _, _ = product_key_address(query, self.keys.unsqueeze(0), self.topk, score="dot")
             read = memory_read(self.values, slots.flatten(-2), scores.softmax(-1).flatten(-2))
         read = read.view(*hidden.shape[:2], self.values.shape[1]).to(hidden.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,17 @@ class MemoryWeights(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in (f"{prefix}keys", f"{prefix}values"):
+            if name in state_dict:  # a copy of the caller's, which `assign=True` puts in the place of ours
+                state_dict[name] = at_least_float32(state_dict[name])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         heads, _, n, half = self.keys.shape
         return f"slots={n * n}, key_dim={2 * half}, value_dim={self.values.shape[1]}, heads={heads}"
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

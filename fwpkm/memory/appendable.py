@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ def surely(condition: bool) -> bool:
 def is_transformed(x: Tensor) -> bool:
     """Whether ``x`` is what a transform of ``torch.func`` has made of a tensor."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def normal(x: Tensor) -> Tensor:
+    """``x``, or outside inference mode a copy of what was computed in it, which could not be recorded or changed."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,17 @@ class Appendable:
         """The rows ``index``, a copy."""
         return Appendable.of([x[index] for x in self.columns()])
 
-    def detach(self) -> Appendable:
-        """The same, cut from the graph that computed it."""
-        return Appendable(tuple(x.detach() for x in self.tensors), self.used, self.tip)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Appendable:
+        """The same with ``change`` of each tensor, which leaves what it holds as it is."""
+        return Appendable(tuple(map(change, self.tensors)), self.used, self.tip)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Appendable:
+        """Itself: nobody changes it."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the columns in use, and none of what others wrote behind them."""
+        return Appendable.of, ([x.clone() for x in self.columns()],)
 
     def unshared(self) -> Appendable:
         """The same, to be copied before it is written to."""

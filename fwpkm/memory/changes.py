@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fwpkm.checks import require
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.ops import memory_write_
 
@@ -30,10 +31,28 @@ class Changes(NamedTuple):
 
     @torch.no_grad()
     def apply_(self, weights: FastWeights) -> None:
-        """Change ``weights`` in place: of the values only the rows that were written to."""
+        """Change ``weights`` in place: of the values only the rows that were written to.
+
+        The weights may have come to another device or dtype since, but for the meta device, where nothing is stored:
+        changes made there are none.
+
+        Raises:
+            ValueError: if ``weights`` are on the meta device and there are changes.
+        """
+        if any(x.is_meta for x in self._tensors()):
+            return
+        target = weights.values
+        if target.is_meta:
+            stored = sum(x.shape[0] for x in self._tensors())
+            require(stored == 0, "weights.values.device", "meta", "a device that holds what a memory stores")
+            return
         if self.values is not None:
-            weights.values.copy_(self.values)
+            target.copy_(self.values)
         if self.writes is not None:
-            memory_write_(weights.values.detach(), *self.writes)
+            slots, *others = self.writes
+            memory_write_(target.detach(), slots.to(target.device), *(x.to(target) for x in others))
         if self.keys is not None:
             weights.all_keys.copy_(self.keys)
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in (*(self.writes or ()), self.keys, self.values) if x is not None]

@@ -7,6 +7,7 @@ last levels while these are less than ``_GROWTH`` times as large: few levels, an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,11 @@ class LogIndex:
         while levels and levels[-1].keys.numel() < _GROWTH * sum(level.keys.numel() for level in merged):
             merged.insert(0, levels.pop())
         return LogIndex(self.n_slots, log.lengths, (*levels, _merge(merged, log.residuals, self.n_slots)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LogIndex:
+        """The same with ``change`` of each tensor, which leaves what it holds as it is."""
+        levels = tuple(Level(*map(change, level)) for level in self.levels)
+        return LogIndex(self.n_slots, change(self.covered), levels)
 
     def select(self, index: Tensor) -> LogIndex:
         """Of the memories ``index``."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fwpkm.checks import require, require_choice, require_shape
-from fwpkm.memory.appendable import Appendable, surely
+from fwpkm.memory.appendable import Appendable, normal, surely
 from fwpkm.memory.changes import Changes
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
@@ -152,15 +153,18 @@ class MemoryState:
         return dataclasses.replace(self)
 
     def detach(self) -> MemoryState:
-        """The same state, cut from the graph that computed it."""
-        return dataclasses.replace(
-            self,
-            base=FastWeights(self.base.keys.detach(), self.base.values.detach()),
-            keys=self.keys.detach(),
-            log=None if self.log is None else self.log.detach(),
-            open=None if self.open is None else self.open.detach(),
-            waiting=None if self.waiting is None else self.waiting.detach(),
-        )
+        """The same state, cut from the graph that computed it.
+
+        ``slow`` keys are parameters that no call has computed: gradients of what goes on from here reach them.
+        """
+        cut = self.map(Tensor.detach)
+        if self.config.key_update != "slow":
+            return cut
+        return dataclasses.replace(cut, base=FastWeights(self.base.keys, cut.base.values))._with_slow_keys()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryState:
+        """A fork: nobody changes a state, and its starting point stays a reference, as a gradient's way back does."""
+        return self.fork()
 
     def flush(self) -> MemoryState:
         """Commit the open chunk now, with its own length as ``C``; chunk boundaries then count from here."""
@@ -192,7 +196,7 @@ class MemoryState:
             ValueError: for a state of several memories.
         """
         require(self.memories == 1, "memories", self.memories, "1: a dense copy is made for one memory")
-        state = self.detach()
+        state = self.map(Tensor.detach)
         return FastWeights(state.keys[0], state.dense_values())
 
     def dense_values(self) -> Tensor:
@@ -209,7 +213,7 @@ class MemoryState:
             ValueError: for a state of several memories.
         """
         require(self.memories == 1, "memories", self.memories, "1: a starting point is written by one memory")
-        state = self.detach()
+        state = self.map(Tensor.detach)
         log = state.log
         writes = None if log is None else log.writes(state.per_memory(state.committed), state.n_slots)
         keys = None if self.config.key_update == "slow" else state.keys  # slow: a parameter, that no commit moves
@@ -316,6 +320,38 @@ class MemoryState:
 
     # What reading builds new states with
 
+    def usable(self) -> MemoryState:
+        """The same state, wherever it was computed, for a call that may record gradients.
+
+        ``slow`` keys are the starting point's, of which a call without gradients keeps a view without; and tensors
+        that are bound to inference mode are copied outside of it.
+        """
+        if torch.is_grad_enabled():
+            self = self._with_slow_keys()
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self
+        log, window = self.log, self.open
+        index = None if log is None or log.index is None else log.index.covered
+        found = self.keys, self.base.values, self.own_values, self.waiting, self.position, index
+        found = (*found, log and log.slots, window and window.tensors[0])
+        bound = any(isinstance(x, Tensor) and x.is_inference() for x in found)
+        return self.map(normal) if bound else self
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
+        """The same state with ``change`` of each tensor, which leaves what it holds as it is."""
+        own, waiting = (None if x is None else change(x) for x in (self.own_values, self.waiting))
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return dataclasses.replace(
+            self,
+            base=FastWeights(change(self.base.keys), change(self.base.values)),
+            keys=change(self.keys),
+            own_values=own,
+            log=None if self.log is None else self.log.map(change),
+            open=None if self.open is None else self.open.map(change),
+            waiting=waiting,
+            **{name: change(count) for name, count in counts.items() if isinstance(count, Tensor)},  # type: ignore[arg-type]
+        )
+
     def record(self, records: Sequence[Tensor], training: bool) -> MemoryState:
         """Add records, with the fields of :class:`fwpkm.memory.WriteLog`, to the log; the counts stay as they are.
 
@@ -343,6 +379,9 @@ class MemoryState:
         is_open = index >= self.per_memory(self.committed).unsqueeze(1)
         found = [rows(x, index.clamp_min(0)) for x in records.tensors]
         return [torch.where(is_open.view(*is_open.shape, *(1,) * (x.dim() - 2)), x, 0) for x in found]
+
+    def _with_slow_keys(self) -> MemoryState:
+        return dataclasses.replace(self, keys=self.base.all_keys) if self.config.key_update == "slow" else self
 
     def open_mask(self) -> Tensor:
         """Which of the tokens in :attr:`open` are tokens of the open chunk, and not masked, ``[M, P]``."""

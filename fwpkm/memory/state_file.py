@@ -27,7 +27,7 @@ _SAMPLE = 1024  # rows of the base values that a fingerprint looks at
 
 def save_state(state: MemoryState, path: str | Path) -> None:
     """Write ``state`` to ``path``, without the base values, which :func:`load_state` is given again."""
-    state = state.detach()
+    state = state.map(Tensor.detach)
     tensors: dict[str, Tensor] = {}
     if not _same(state.keys, state.base.all_keys):
         tensors["keys"] = state.keys

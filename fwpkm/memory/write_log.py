@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,9 +96,10 @@ class WriteLog:
         slots = slots + (memory * n_slots).unsqueeze(-1)
         return slots.flatten(0, 1), coefficients.flatten(0, 1), residuals.flatten(0, 1)
 
-    def detach(self) -> WriteLog:
-        """The same, cut from the graph that computed it."""
-        return dataclasses.replace(self, records=self.records.detach())
+    def map(self, change: Callable[[Tensor], Tensor]) -> WriteLog:
+        """The same with ``change`` of each tensor, which leaves what it holds as it is."""
+        index = None if self.index is None else self.index.map(change)
+        return dataclasses.replace(self, records=self.records.map(change), index=index)
 
     def detach_before(self, chunk: Tensor) -> WriteLog:
         """The same, with each memory's records of chunks below ``chunk [M]`` cut from the graph that computed them."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import DynamicCache
 
 from fwpkm.checks import require
@@ -81,6 +84,23 @@ class FwPKMCache(DynamicCache):
         cropped = {i: state.crop(-tokens_to_remove, self._reach) for i, state in self.memories.items()}
         super().crop(tokens_to_remove)
         self.memories, self.tokens = cropped, self.tokens + tokens_to_remove
+
+    def detach(self) -> FwPKMCache:
+        """Cut everything it holds from the graph that computed it, for truncated backpropagation; returns itself."""
+        for layer in self.layers:
+            vars(layer).update(tree_map_only(Tensor, Tensor.detach, vars(layer)))
+        self.memories = {i: state.detach() for i, state in self.memories.items()}
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FwPKMCache:
+        """Another cache of the same contents; gradients go back through either."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        for x in tree_leaves((*map(vars, self.layers), self.memories)):
+            if isinstance(x, Tensor) and x.grad_fn is not None:  # which torch would not copy
+                memo[id(x)] = x.clone()
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def reset(self) -> None:
         """Forget everything."""

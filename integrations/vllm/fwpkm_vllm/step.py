@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fwpkm.layers.fwpkm import FwPKM, at_least_float32, zscore
+from fwpkm.layers.fwpkm import FwPKM, zscore
+from fwpkm.layers.weights import at_least_float32
 from fwpkm.memory import MemoryConfig
 from fwpkm.memory.formulas import read_weights, relative_write_scale, write_coefficients
 from fwpkm.ops import PagedLog, log_read, product_key_address
