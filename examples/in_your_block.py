@@ -21,9 +21,9 @@ class Block(nn.TransformerEncoderLayer):
         self.memory = FwPKM(WIDTH, n_subkeys=16, key_dim=64, value_dim=64, config=MemoryConfig(chunk_size=PAGE))  # 1
 
     def forward(self, hidden: Tensor, state=None):
-        hidden, state = self.memory(hidden, state)  # 2: read and write, going on from where the last call stopped
+        read = self.memory(hidden, state)  # 2: read and write, going on from where the last call stopped
         mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
-        return super().forward(hidden, src_mask=mask, is_causal=True), state  # 3: hand the state on
+        return super().forward(read.hidden, src_mask=mask, is_causal=True), read.state  # 3: hand the state on
 
 
 class Model(nn.Module):

@@ -93,7 +93,7 @@ def test_fast_weight_mlp_is_its_formulas(seed, batch, length, conv, chunk):
     draw = Draw(seed)
     made = layer(draw, 6, 5, conv, chunk)
     hidden = draw.normal(batch, length, 6)
-    have = made.read_and_write(hidden).hidden
+    have = made(hidden).hidden
     want = torch.from_numpy(np.stack([plain(made, row) for row in hidden.numpy()]))
     assert_close(have, want, rtol=1e-8, atol=1e-8)
 
@@ -103,10 +103,10 @@ def test_fast_weight_mlp_streams(seed, pieces, conv, chunk):
     draw = Draw(seed)
     made = layer(draw, 6, 5, conv, chunk)
     hidden = draw.normal(2, sum(pieces), 6)
-    whole = made.read_and_write(hidden)
+    whole = made(hidden)
     state, outputs = None, []
     for piece in hidden.split(pieces, 1):
-        result = made.read_and_write(piece, state)
+        result = made(piece, state)
         state = result.state
         outputs.append(result.hidden)
     assert_close(torch.cat(outputs, 1), whole.hidden, rtol=1e-9, atol=1e-9)
@@ -120,7 +120,7 @@ def test_gradients_go_through_the_steps_of_the_fast_weight_mlp():
     made = layer(draw, 4, 3, 2, 3)
     hidden = draw.normal(1, 8, 4).requires_grad_()
     learned = (hidden, *made.weights, made.log_rates)
-    assert torch.autograd.gradcheck(lambda x, *_: made.read_and_write(x).hidden, learned)
+    assert torch.autograd.gradcheck(lambda x, *_: made(x).hidden, learned)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_fast_weight_mlp_refuses_sizes(arguments, message):
 def test_fast_weight_mlp_refuses_masks_and_packed_rows(name):
     made = FastWeightMLP(4, 4, 0, 2)
     with pytest.raises(ValueError, match=f"{name} is given; expected None"):
-        made.read_and_write(torch.zeros(1, 3, 4), **{name: torch.ones(1, 3, dtype=torch.bool)})
+        made(torch.zeros(1, 3, 4), **{name: torch.ones(1, 3, dtype=torch.bool)})
 
 
 def test_what_is_compared():

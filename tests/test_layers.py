@@ -58,10 +58,10 @@ def test_streams(seed, cuts, query_conv, key_update, heads):
     config = MemoryConfig(topk=2, chunk_size=4, key_update=key_update)
     layer = make_layer(seed, query_conv=query_conv, heads=heads, config=config)
     hidden = Draw(seed, torch.float32).normal(2, 20, 6)
-    whole, _ = layer(hidden)
+    whole = layer(hidden).hidden
     state, pieces = None, []
     for piece in hidden.tensor_split(sorted(cuts), dim=1):
-        out, state = layer(piece, state)
+        out, state, *_ = layer(piece, state)
         pieces.append(out)
     assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -86,7 +86,7 @@ def test_masked_and_packed_rows_stream(seed, cuts, query_conv, masked, packed):
     state, pieces, bounds = None, [], sorted({0, *cuts, 20})
     for first, last in pairwise(bounds):
         options = [None if x is None else x[:, first:last] for x in (mask, starts)]
-        out, state = layer(hidden[:, first:last], state, *options)
+        out, state, *_ = layer(hidden[:, first:last], state, *options)
         pieces.append(out)
     have = torch.cat(pieces, 1)
     sequence = torch.zeros(2, 20).long() if starts is None else starts.cumsum(1)
@@ -134,7 +134,7 @@ def test_a_forward_writes_no_buffer_and_every_parameter_gets_a_gradient(key_upda
     config = MemoryConfig(topk=2, chunk_size=4, key_update=key_update)
     layer = make_layer(query_conv=3, config=config, learn_initial_values=learned)
     before = {name: x.clone() for name, x in layer.state_dict().items()}
-    result = layer.read_and_write(torch.randn(2, 12, 6))
+    result = layer(torch.randn(2, 12, 6))
     (result.hidden.square().sum() + result.memory.addressing_loss).backward()
     assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
     for name, parameter in layer.named_parameters():
@@ -150,7 +150,7 @@ def test_learned_initial_values_get_the_gradient_of_finite_differences(seed, spl
     hidden, upstream, direction = draw.normal(2, 11, 6), draw.normal(2, 11, 6), draw.normal(16, 5)
 
     def loss() -> torch.Tensor:
-        first, state = layer(hidden[:, :split])
+        first, state, *_ = layer(hidden[:, :split])
         return (torch.cat((first, layer(hidden[:, split:], state)[0]), 1) * upstream).sum()
 
     loss().backward()
@@ -166,10 +166,10 @@ def test_learned_initial_values_do_not_keep_a_long_log_from_folding():
     """A parameter always requires a gradient; where none is recorded the state stays bounded all the same."""
     layer = make_layer(learn_initial_values=True)
     hidden = torch.randn(1, 400, 6)
-    want, kept = layer(hidden)
+    want, kept, *_ = layer(hidden)
     with torch.no_grad():
-        have, folded = layer(hidden[:, :200])
-        rest, folded = layer(hidden[:, 200:], folded)
+        have, folded, *_ = layer(hidden[:, :200])
+        rest, folded, *_ = layer(hidden[:, 200:], folded)
     assert kept.memory.own_values is None
     assert folded.memory.own_values is not None
     assert_close(torch.cat((have, rest), 1), want, rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_learned_initial_values_do_not_keep_a_long_log_from_folding():
 
 def test_slow_keys_learn_from_the_addressing_loss_and_queries_do_not():
     layer = make_layer(config=MemoryConfig(topk=2, chunk_size=4, key_update="slow"))
-    layer.read_and_write(torch.randn(2, 8, 6)).memory.addressing_loss.backward()
+    layer(torch.randn(2, 8, 6)).memory.addressing_loss.backward()
     assert layer.keys.grad.abs().sum() > 0
     assert not layer.query.weight.grad.any()
 

@@ -27,7 +27,7 @@ import fwpkm, fwpkm_vllm
 from fwpkm.collect_env import report
 
 layer = fwpkm.layers.FwPKM(8, n_subkeys=12, key_dim=4, value_dim=4, config=fwpkm.MemoryConfig(chunk_size=4))
-hidden, state = layer(torch.randn(1, 10, 8))
+hidden, state, *_ = layer(torch.randn(1, 10, 8))
 hidden.sum().backward()
 print(json.dumps({{
     "files": [fwpkm.__file__, fwpkm_vllm.__file__],

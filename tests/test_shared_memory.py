@@ -57,7 +57,7 @@ def test_what_is_committed_is_what_the_function_stored(key_update):
     """One memory for the batch, chunks of columns, the last one ended early: section 2, then written in place."""
     model, tokens = shared_model(key_update), batch(0)
     layer = model.memories()[0]
-    result = layer.read_and_write(model.model.embed_tokens(tokens))
+    result = layer(model.model.embed_tokens(tokens))
     assert result.state.memory.commits == 3  # 21 columns in chunks of 8
     want = result.state.memory.fold()
     place = layer.values.data_ptr()
@@ -183,7 +183,7 @@ def test_masked_tokens_of_a_shared_memory_write_nothing():
     hidden, mask = torch.randn(2, 12, 6), torch.ones(2, 12, dtype=torch.bool)
     mask[1, :7] = False
     garbage = torch.where(mask.unsqueeze(-1), hidden, 1e6)
-    results = [layer.read_and_write(x, mask=mask) for x in (hidden, garbage)]
+    results = [layer(x, mask=mask) for x in (hidden, garbage)]
     assert_close(results[0].hidden[mask], results[1].hidden[mask])
     assert_close(results[0].state.memory.dense_values(), results[1].state.memory.dense_values())
 
@@ -196,6 +196,6 @@ def test_learned_values_are_not_shared():
 def test_the_function_refuses_resets_of_a_shared_memory():
     layer = shared_model("slow").memories()[0]
     query, target = torch.randn(1, 4, 1, 6), torch.randn(1, 4, 8)
-    start = layer.read_and_write(torch.randn(1, 4, 16)).state.memory.base
+    start = layer(torch.randn(1, 4, 16)).state.memory.base
     with pytest.raises(ValueError, match="reset is given; expected None in the 'shared' scope"):
         fast_weight_memory(query, target, torch.rand(1, 4), start, layer.config, reset=torch.zeros(1, 4).bool())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.functional import rms_norm, silu
+from torch.utils._pytree import tree_map
 
 from fwpkm.checks import require
 from fwpkm.functional import MemoryResult
@@ -25,6 +26,10 @@ class MLPState(NamedTuple):
     weights: Weights  # [B, in, out] each, of every sequence
     open: tuple[Tensor, Tensor, Tensor]  # queries, targets [B, P, D] and gates [B, P] of the open chunk, P < C
     inputs: Tensor | None  # [B, query_conv - 1, D], the last ones
+
+    def detach(self) -> MLPState:
+        """The same, cut from the graph that computed it."""
+        return tree_map(Tensor.detach, self)
 
 
 class FastWeightMLP(nn.Module):
@@ -62,10 +67,17 @@ class FastWeightMLP(nn.Module):
         self.weights = nn.ParameterList(torch.randn(shape) * shape[0] ** -0.5 for shape in shapes)
         self.log_rates = nn.Parameter(torch.full((len(shapes),), math.log(FIRST_RATE)))
 
-    def read_and_write(
-        self, hidden: Tensor, state: MLPState | None = None, mask: Tensor | None = None, starts: Tensor | None = None
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MLPState | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        persist: bool = True,
     ) -> LayerResult:
         """Read a piece ``[B, T, D]`` of ``B`` sequences, and learn it, from where an earlier call stopped.
+
+        ``persist`` says nothing here: every sequence keeps its weights to itself.
 
         Raises:
             ValueError: for a mask, or several sequences in a row.

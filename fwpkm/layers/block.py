@@ -67,7 +67,8 @@ class DecoderBlock(GradientCheckpointingLayer):
         """
         result = None
         if self.memory is not None:
-            result = self.memory.read_and_write(hidden, memory_state, mask, starts)
+            # What is in a cache lives there.
+            result = self.memory(hidden, memory_state, mask, starts, persist=past_key_values is None)
             hidden = result.hidden
         mixed, weights = self.input_layernorm(hidden), None
         if self.self_attn is not None:

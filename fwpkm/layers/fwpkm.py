@@ -122,7 +122,8 @@ class FwPKM(MemoryWeights):
         state: LayerState | None = None,
         mask: Tensor | None = None,
         starts: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState]:
+        persist: bool = True,
+    ) -> LayerResult:
         """Read a piece of ``B`` sequences, and write it.
 
         Args:
@@ -130,22 +131,16 @@ class FwPKM(MemoryWeights):
             state: where an earlier call stopped, or None at the start of the sequences.
             mask: ``[B, T]`` bool; a sequence is its unmasked tokens. None if all are.
             starts: ``[B, T]`` bool, true at (unmasked) tokens that begin another sequence within a row, or None.
+            persist: whether training in the ``shared`` scope leaves what new sequences store ``pending``; if not, their
+                memory is in the state alone, from which later calls go on.
 
         Returns:
-            ``hidden [B, T, D]`` with what the memory gave added (of no meaning at masked tokens), and the state to
-            continue from.
-        """
-        result = self.read_and_write(hidden, state, mask, starts)
-        return result.hidden, result.state
+            ``hidden [B, T, D]`` with what the memory gave added (of no meaning at masked tokens), the state to continue
+            from, and what happened: gates, slots, weights, addressing loss.
 
-    def read_and_write(
-        self,
-        hidden: Tensor,
-        state: LayerState | None = None,
-        mask: Tensor | None = None,
-        starts: Tensor | None = None,
-    ) -> LayerResult:
-        """:meth:`forward` with everything that happened: gates, slots, weights, addressing loss."""
+        Raises:
+            ValueError: for a wrong shape or dtype, or another batch than that of the state.
+        """
         require_shape("hidden", hidden, ("B", "T", self.hidden_size))
         for name, flags in (("mask", mask), ("starts", starts)):
             if flags is not None:
@@ -161,7 +156,7 @@ class FwPKM(MemoryWeights):
             config = start.config
         elif not self.training:
             config = dataclasses.replace(config, scope="sequence")
-        persists = config.scope == "shared" and state is None
+        persists = persist and config.scope == "shared" and state is None
         result = fast_weight_memory(
             query,
             target,

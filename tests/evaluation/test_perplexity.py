@@ -98,10 +98,9 @@ def test_a_reset_forgets_what_memories_hold_and_nothing_else(seed, at, call):
 def recalled(net, pieces, call, resets):
     """What the first block's memory makes of its input ``[B, T, D]``."""
     memory, results = net.model.layers[0].memory, []
-    read_and_write = memory.read_and_write
-    memory.read_and_write = lambda *args: results.append(read_and_write(*args)) or results[-1]
+    hook = memory.register_forward_hook(lambda module, inputs, result: results.append(result))
     list(stream(net, pieces, call, resets=resets))
-    del memory.read_and_write
+    hook.remove()
     return torch.cat([result.hidden for result in results], 1)
 
 

@@ -91,7 +91,7 @@ def test_a_layer_trains_in_bfloat16():
     torch.manual_seed(0)
     layer = FwPKM(32, n_subkeys=8, key_dim=8, value_dim=24, config=CONFIGS[0]).cuda().bfloat16()
     hidden = torch.randn(2, 40, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    out, _ = layer(hidden)
+    out = layer(hidden).hidden
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16
     assert layer.values.dtype == torch.float32

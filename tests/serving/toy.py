@@ -299,6 +299,6 @@ def alone(layer: FwPKM, document: Tensor, origin: int = 0, request: Request | No
             with following([records.unsqueeze(0)]):
                 return layer(document.unsqueeze(0))[0][0]
         assert layer.config.log_dtype == "float32", "early commits are not followed"
-        first, state = layer(document[None, :origin])
-        rest, _ = layer(document[None, origin:], state._replace(memory=state.memory.flush()))
+        first, state, *_ = layer(document[None, :origin])
+        rest = layer(document[None, origin:], state._replace(memory=state.memory.flush())).hidden
         return torch.cat((first, rest), 1)[0]
