@@ -68,7 +68,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         result = None
         if self.memory is not None:
             # What is in a cache lives there.
-            result = self.memory(hidden, memory_state, mask, starts, persist=past_key_values is None)
+            result = self.memory(hidden, memory_state, mask, starts, persist=cache is None)
             hidden = result.hidden
         mixed, weights = self.input_layernorm(hidden), None
         if self.self_attn is not None:

@@ -15,7 +15,7 @@ from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.weights import MemoryWeights, at_least_float32
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
-from fwpkm.memory.appendable import Appendable, normal
+from fwpkm.memory.appendable import Appendable, is_batched, normal
 from fwpkm.memory.changes import Changes
 from fwpkm.memory.packing import last, rows, unmasked_first
 
@@ -139,7 +139,8 @@ class FwPKM(MemoryWeights):
             from, and what happened: gates, slots, weights, addressing loss.
 
         Raises:
-            ValueError: for a wrong shape or dtype, or another batch than that of the state.
+            ValueError: for a wrong shape or dtype, another batch than that of the state, or under ``vmap`` what would
+                have to persist.
         """
         require_shape("hidden", hidden, ("B", "T", self.hidden_size))
         for name, flags in (("mask", mask), ("starts", starts)):
@@ -169,6 +170,8 @@ class FwPKM(MemoryWeights):
             training=self.training,
         )
         if persists:
+            where = "hidden or the layer's tensors"
+            require(not is_batched(result.output), where, "batched by vmap", "plain tensors in the 'shared' scope")
             self.pending = result.state.changes()
         weight = gate.unsqueeze(-1)
         mixed = weight * result.output + (1 - weight) * target

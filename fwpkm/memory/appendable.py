@@ -21,6 +21,15 @@ def is_transformed(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether ``torch.func.vmap`` has made ``x`` of a tensor with a dimension more."""
+    while is_transformed(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def normal(x: Tensor) -> Tensor:
     """``x``, or outside inference mode a copy of what was computed in it, which could not be recorded or changed."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x

@@ -91,7 +91,7 @@ class Writes:
         if state.log is None:
             none = values.new_empty(0)
             return cls(values, values.new_empty(0, values.shape[1]), none.long(), none)
-        log = state.log.detach()
+        log = state.log.map(Tensor.detach)
         slots, amounts, stored = log.writes(state.per_memory(state.committed), state.n_slots)
         records = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
         wrote = (amounts != 0) & stored.any(1, keepdim=True)

@@ -332,8 +332,8 @@ class MemoryState:
             return self
         log, window = self.log, self.open
         index = None if log is None or log.index is None else log.index.covered
-        found = self.keys, self.base.values, self.own_values, self.waiting, self.position, index
-        found = (*found, log and log.slots, window and window.tensors[0])
+        first = log and log.slots, window and window.tensors[0]
+        found = self.keys, self.base.values, self.own_values, self.waiting, self.position, index, *first
         bound = any(isinstance(x, Tensor) and x.is_inference() for x in found)
         return self.map(normal) if bound else self
 

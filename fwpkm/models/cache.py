@@ -88,7 +88,7 @@ class FwPKMCache(DynamicCache):
     def detach(self) -> FwPKMCache:
         """Cut everything it holds from the graph that computed it, for truncated backpropagation; returns itself."""
         for layer in self.layers:
-            vars(layer).update(tree_map_only(Tensor, Tensor.detach, vars(layer)))
+            layer.__dict__.update(tree_map_only(Tensor, Tensor.detach, layer.__dict__))
         self.memories = {i: state.detach() for i, state in self.memories.items()}
         return self
 
@@ -96,10 +96,10 @@ class FwPKMCache(DynamicCache):
         """Another cache of the same contents; gradients go back through either."""
         copied = copy.copy(self)
         memo[id(self)] = copied
-        for x in tree_leaves((*map(vars, self.layers), self.memories)):
+        for x in tree_leaves(([layer.__dict__ for layer in self.layers], self.memories)):
             if isinstance(x, Tensor) and x.grad_fn is not None:  # which torch would not copy
                 memo[id(x)] = x.clone()
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def reset(self) -> None:

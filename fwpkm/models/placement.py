@@ -83,6 +83,10 @@ def place(
 
 def attention_masks(config: FwPKMConfig, hidden: Tensor, cache: Any, placement: Placement) -> dict[str, Tensor | None]:
     """The mask of each kind of attention in ``config.layer_types``, in the form of its attention implementation."""
+    if hidden.is_meta:  # transformers looks at masks and positions: at those on which its masks depend most
+        seen = Placement(*(None if x is None else torch.zeros_like(x, device="cpu") for x in placement))  # type: ignore[arg-type]
+        masks = attention_masks(config, hidden.new_zeros(1, device="cpu").expand(hidden.shape), cache, seen)
+        return {kind: None if mask is None else mask.to(hidden.device) for kind, mask in masks.items()}
     layer_types = config.layer_types or []
     return {
         kind: make(
