@@ -9,11 +9,12 @@ comma := ,
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-versions check docs package format tables clean
+.PHONY: help demo test test-numerical test-versions check docs package format tables clean
 
 help:
 	@echo "make demo           train a small model and watch its memory at work"
 	@echo "make test           run the tests (ARGS=... goes to pytest)"
+	@echo "make test-numerical run what compares paths in float32 under each instruction set, with one thread and two"
 	@echo "make test-versions  run them with the newest and the oldest releases, without vLLM"
 	@echo "make check          lint, check formatting and types"
 	@echo "make docs           build the documentation, out/site/index.html"
@@ -26,7 +27,11 @@ demo: $(READY)
 	$(BIN)/fwpkm demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
+
+# under each instruction set of this machine, with one thread and with two
+test-numerical: $(READY)
+	$(BIN)/python -m tests.numerical
 
 test-versions:
 	$(MAKE) test VENV=.venv-newest VLLM=

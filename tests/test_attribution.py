@@ -16,6 +16,8 @@ from fwpkm.memory.write_log import WriteLog
 from tests.draws import seeds
 from tests.test_functional import configs, draw_inputs
 
+pytestmark = pytest.mark.numerical
+
 drawn = {
     "config": configs.map(lambda c: dataclasses.replace(c, scope="sequence", detach_every=None)),
     "seed": seeds,

@@ -11,6 +11,8 @@ from tests.draws import seeds
 from tests.test_functional import OVERSHOT, configs, dense, draw_inputs, sizes
 from tests.test_packing import flags, run
 
+pytestmark = pytest.mark.numerical
+
 halves = st.sampled_from([torch.bfloat16, torch.float16])
 
 

@@ -16,6 +16,8 @@ from fwpkm.layers.fwpkm import zscore
 from fwpkm.memory import KEY_UPDATES
 from tests.draws import Draw, seeds
 
+pytestmark = pytest.mark.numerical
+
 
 def make_layer(seed: int = 0, **options) -> FwPKM:
     torch.manual_seed(seed)

@@ -17,6 +17,8 @@ from tests.draws import Draw, also, seeds
 from tests.test_functional import OVERSHOT, any_case, configs, dense, draw_inputs, sizes
 from tests.test_packing import MASKED, flags, masks
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(autouse=True)
 def small_levels(monkeypatch):

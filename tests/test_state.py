@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory
+from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory, reference
 from fwpkm.memory.forget import forget
 from tests.draws import also, choose, seeds
 from tests.rounding import following, records_of
@@ -168,6 +169,39 @@ def test_crop(config, seed, masked, drop, **size):
         assert_close(have.addressing_loss, want.addressing_loss)
         whole = fast_weight_memory(*more[:3], state, config)  # the state that was cropped is as it was
         assert_close(dense(whole.state), dense(fast_weight_memory(*more[:3], state.detach(), config).state))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("log_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("flushed", [0, 13, 34])
+def test_when_a_log_is_folded_depends_on_its_own_records_alone(flushed, log_dtype, masked):
+    """Not on where calls end, nor on what else is in the batch; and what is read is the reference's."""
+    config = MemoryConfig(topk=2, chunk_size=4, key_update="slow", write_scale="exact", log_dtype=log_dtype)
+    inputs = draw_inputs(1, 3, 90, 1, 5)
+    mask = flags(3, 0.4, 3, 90) if masked else None
+    if mask is not None:
+        mask[0] = True
+    lengths = [4] * (flushed // 4) + [flushed % 4] * (flushed % 4 > 0)
+    lengths += [4] * ((90 - flushed) // 4)
+    row = [x[:1] for x in inputs[:3]]
+    want = reference.fast_weight_memory(*row, *inputs[3:], config, chunk_lengths=lengths).output[0]
+
+    def kept(rows: int, cuts: list[int]) -> int:
+        """How many committed records row 0 has at the end."""
+        memory, outputs, bounds = inputs.weights, [], sorted({0, flushed, 90, *cuts})
+        for start, stop in pairwise(bounds):
+            tokens = (x[:rows, start:stop] for x in inputs[:3])
+            here = None if mask is None else mask[:rows, start:stop]
+            result = fast_weight_memory(*tokens, memory, config, here, commit_partial=stop == flushed)
+            memory = result.state
+            outputs.append(result.output[0])
+        assert_close(torch.cat(outputs), want)
+        assert memory.own_values is not None
+        return int(memory.per_memory(memory.committed)[0])
+
+    with torch.no_grad():
+        found = {kept(rows, cuts) for rows in (1, 3) for cuts in ([], [5, 6, 7, 50], list(range(0, 90, 7)), [1, 89])}
+    assert len(found) == 1
 
 
 def test_bfloat16_records():

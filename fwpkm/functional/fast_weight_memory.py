@@ -88,7 +88,7 @@ def fast_weight_memory(
             read, state, losses = read_columns(state, tokens, training)
         if commit_partial:
             losses = losses + _open_loss(state)
-            state = state.flush()
+            state = state.folded().flush()
         if shared:
             read = Read(*(rearrange(x, "1 (t b) d -> b t d", t=length) for x in read))
     loss = losses.mean() if config.key_update == "slow" else losses.mean().detach()

@@ -37,7 +37,7 @@ class MemoryConfig:
         detach_every: cut the gradient through keys (but not ``"slow"`` ones) and values before every so many chunks;
             None for never.
         log_dtype: ``"bfloat16"`` rounds residuals when they arise, in calls with ``training=False``, and keeps the
-            records of half the size (DESIGN section 3).
+            records of half the size; ways to compute them may differ where rounding is near a tie (DESIGN section 3).
     """
 
     topk: int = 8

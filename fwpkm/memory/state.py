@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fwpkm.checks import require, require_choice, require_shape
-from fwpkm.memory.appendable import Appendable, normal, surely
+from fwpkm.memory.appendable import Appendable, is_transformed, normal, surely
 from fwpkm.memory.changes import Changes
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
@@ -199,11 +199,15 @@ class MemoryState:
         state = self.map(Tensor.detach)
         return FastWeights(state.keys[0], state.dense_values())
 
-    def dense_values(self) -> Tensor:
-        """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy."""
+    def dense_values(self, lengths: Tensor | None = None) -> Tensor:
+        """The values of every memory as far as it has committed, ``[M * N, Dv]``: base plus log, a copy.
+
+        With ``lengths [M]`` only the first so many of its records are added, which have to be of whole chunks.
+        """
         values = self.values.repeat(self.memories, 1) if self.own_values is None else self.own_values.clone()
         if self.log is not None:
-            memory_write_(values, *self.log.writes(self.per_memory(self.committed), self.n_slots))
+            lengths = self.per_memory(self.committed) if lengths is None else lengths
+            memory_write_(values, *self.log.writes(lengths, self.n_slots))
         return values
 
     def changes(self) -> Changes:
@@ -405,31 +409,58 @@ class MemoryState:
         return dataclasses.replace(self, open=window, waiting=waiting, **counts)  # type: ignore[arg-type]
 
     def folded(self) -> MemoryState:
-        """The same state; a log larger than dense values of all memories (and out of graphs) is folded into them.
+        """The same state; of a log larger than dense values the first records are folded into them, out of graphs.
 
-        It looks at sizes only. The open chunk's records stay.
+        How many is a function of a memory's own records, of their number and of where chunks end: wherever calls end,
+        and whatever else is in the batch, the same records give the same values, bit for bit. The open chunk's stay.
         """
-        if self.log is None or self.keeps_log:
+        log, state = self.log, self
+        if log is None or self.keeps_log or torch.compiler.is_compiling() or is_transformed(log.slots):
             return self
-        recorded = self.log.coefficients.requires_grad or self.log.residuals.requires_grad
+        recorded = log.coefficients.requires_grad or log.residuals.requires_grad
         if recorded or (self.values.requires_grad and torch.is_grad_enabled()):  # a parameter always requires it
             return self
-        if self.log.nbytes <= self.memories * self.n_slots * self.values[:1].nbytes:
-            return self
-        if self.ragged:
-            kept = max(1, self.config.chunk_size - 1)
-            records = self.last_records(kept)
-            # left-aligned, as records stand
-            shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)
-            index = (torch.arange(kept, device=self.keys.device) + shift).clamp_max(kept - 1)
-            records = [rows(x, index) for x in records]
+        while state.log is not None and state.log.records.used >= state.stretch:  # or there is nothing to look at
+            first = state._due()
+            if not bool((first > 0).any() if isinstance(first, Tensor) else first):
+                break
+            state = state._without(first)
+        return state
+
+    @property
+    def stretch(self) -> int:
+        """As many records of a memory as are larger than its dense values."""
+        assert self.log is not None
+        a_record = sum(x[:1, :1].nbytes for x in self.log.records.tensors)
+        return self.n_slots * self.values[:1].nbytes // a_record + 1
+
+    def _due(self) -> int | Tensor:
+        """Of each memory the records up to the first end of a chunk that is no stretch from the first, or 0."""
+        size, zero = self.config.chunk_size * self.columns, self.committed * 0
+        grid = self.filled - (self.position - self.origin) * self.columns  # the log's chunks end there, and size apart
+        before = grid.clamp(min=0) if isinstance(grid, Tensor) else max(grid, 0)
+        missing = self.stretch - before
+        missing = missing.clamp(min=0) if isinstance(missing, Tensor) else max(missing, 0)
+        end = before - (-missing // size) * size
+        if isinstance(end, Tensor):
+            return torch.where(end <= self.committed, end, zero)
+        return end if end <= number(self.committed) else 0
+
+    def _without(self, first: int | Tensor) -> MemoryState:
+        """The same state, with each memory's ``first [M]`` records, of whole chunks, in its own values."""
+        assert self.log is not None
+        filled, lengths = self.filled, self.per_memory(first)
+        if isinstance(first, Tensor) and isinstance(filled, Tensor):
+            width = max(1, int((filled - first).max()))
+            index = first.unsqueeze(1) + torch.arange(width, device=first.device)
+            records = [rows(x, index.clamp_max(self.log.records.used - 1)) for x in self.log.records.columns()]
         else:
-            records = [x.clone() for x in self.last_records(number(self.filled - self.committed))]
+            records = [x[:, number(first) :].clone() for x in self.log.records.columns()]
         return dataclasses.replace(
             self,
-            own_values=self.dense_values(),
+            own_values=self.dense_values(lengths),
             log=WriteLog(Appendable.of(records), self.log.lookahead) if records[0].shape[1] else None,
-            committed=self.committed * 0,
+            committed=self.committed - first,
         )
 
 

@@ -1125,7 +1125,7 @@ FAULTS = [
                 f"{PACKING}::test_a_mask_may_come_later",
             ),
             "folded-records-still-count": (
-                "committed=self.committed * 0,",
+                "committed=self.committed - first,",
                 "committed=self.committed,",
                 f"{FUNCTIONAL}::test_a_long_log_folds_into_rows",
             ),
@@ -1140,8 +1140,8 @@ FAULTS = [
                 f"{FUNCTIONAL}::test_a_long_log_folds_into_rows {STATE}",
             ),
             "folded-ragged-records-not-moved": (
-                "shift = (kept - self.per_memory(self.open_tokens)).unsqueeze(1)",
-                "shift = torch.zeros_like(self.per_memory(self.open_tokens)).unsqueeze(1)",
+                "index = first.unsqueeze(1) + torch.arange(width, device=first.device)",
+                "index = torch.zeros_like(first).unsqueeze(1) + torch.arange(width, device=first.device)",
                 f"{INDEX}::test_reading_with_an_index_is_the_reference",
             ),
         },

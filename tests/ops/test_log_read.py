@@ -15,6 +15,8 @@ from fwpkm.ops import Log, PagedLog
 from tests.draws import Draw, seeds, strided
 from tests.paged import Requests, draw_requests, plain_read
 
+pytestmark = pytest.mark.numerical
+
 requests_and_sizes = {
     "seed": seeds,
     "lengths": st.lists(st.integers(0, 14), min_size=1, max_size=4),

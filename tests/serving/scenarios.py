@@ -329,6 +329,7 @@ def test_folded_requests_lose_their_pages(tmp_path):
         assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
+@pytest.mark.numerical
 def test_folded_logs_beside_windows_alone(tmp_path):
     """Where no other layer keeps all tokens new blocks are filled with zeros all the same."""
     model = make(tmp_path, layer_types=["sliding_attention"] * 3, fwpkm_log_dtype="bfloat16", **SHORT)
@@ -477,6 +478,7 @@ def test_aborted_requests_leave_nothing(model):
     ],
     ids=["reference", "heads", "bfloat16 log", "full attention"],
 )
+@pytest.mark.numerical
 def test_other_models(tmp_path, fields):
     model = make(tmp_path, seed=3, **{"fwpkm_learning_rate": 0.3} | fields)
     texts = prompts(1, 45, 250, seed=3)

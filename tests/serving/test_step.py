@@ -16,6 +16,8 @@ from fwpkm.models import FwPKMConfig
 from tests.draws import seeds
 from tests.serving.toy import LIMIT, NOBODY, Request, Server, alone, documents, memory_layer
 
+pytestmark = pytest.mark.numerical
+
 LENGTH = 40
 
 

@@ -1,0 +1,56 @@
+"""``python -m tests.numerical``: tests marked ``numerical`` under each instruction set that torch has here.
+
+They compare paths that sum in different orders, and in how many lanes and threads a sum is taken changes its last bits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+SETS = ["default", "avx2", "avx512"]
+OPTIONS = ["-m", "numerical", "-p", "no:cacheprovider"]
+ENGINE = ["tests/serving/scenarios.py", "--noconftest", "-o", "filterwarnings=default", "--disable-warnings"]
+
+
+def available() -> list[str]:
+    """The instruction sets that torch can be told to use on this machine, the lowest first."""
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    return SETS[: SETS.index(best) + 1] if best in SETS else []
+
+
+def main() -> int:
+    """Run them all, and say which failed; the exit code is how many."""
+    failed = []
+    for capability in available() or [""]:
+        for threads in (1, 2):
+            name = f"{capability or 'as it is'}, {threads} thread{'s' * (threads > 1)}"
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HYPOTHESIS_PROFILE": "brief"}
+            if capability:
+                environment["ATEN_CPU_CAPABILITY"] = capability
+            runs = [["tests", *(["-n", "2", "--dist", "loadfile"] if threads == 1 else [])]]
+            if find_spec("vllm"):
+                runs.append(ENGINE)
+            start = time.monotonic()
+            codes = [
+                subprocess.run(
+                    [sys.executable, "-m", "pytest", *run, *OPTIONS], cwd=Path(__file__).parents[1], env=environment
+                ).returncode
+                for run in runs
+            ]
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+            if any(codes):
+                failed.append(name)
+    print("failed: " + "; ".join(failed) if failed else "all passed")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
