@@ -123,7 +123,7 @@ class Oracle(torch.nn.Module):
         self.config, self.documents, self.wrong = model.config, documents, wrong
         self.device, self.read = torch.device("cpu"), 0
 
-    def forward(self, tokens, past_key_values):
+    def forward(self, tokens, cache, output_memories):
         start, self.read = self.read, self.read + tokens.shape[1]
         logits = torch.zeros(*tokens.shape, 256)
         for row, document in enumerate(self.documents):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache
 
+from fwpkm.layers.host import CACHE
 from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from tests.draws import Draw, seeds
@@ -149,8 +150,8 @@ def test_commit_after_prompt():
     model = make_model(fwpkm_chunk_size=64, fwpkm_write_scale="exact", layer_types=["sliding_attention"] * 2)
     tokens = torch.randint(1, 32, (2, 20))
     kept, committed = FwPKMCache(model.config), FwPKMCache(model.config)
-    generate(model, tokens, past_key_values=kept, do_sample=False)
-    generate(model, tokens, past_key_values=committed, do_sample=False, commit_after_prompt=True)
+    generate(model, tokens, **{CACHE: kept}, do_sample=False)
+    generate(model, tokens, **{CACHE: committed}, do_sample=False, commit_after_prompt=True)
     counts = [(c.memories[0].memory.commits, c.memories[0].memory.origin) for c in (kept, committed)]
     assert counts == [(0, 0), (1, 20)]
     have = generate(model, tokens, do_sample=False, commit_after_prompt=True)
@@ -166,8 +167,8 @@ def test_commit_after_prompt():
 def test_bad_use():
     model = make_model()
     tokens = torch.randint(1, 32, (1, 4))
-    with pytest.raises(ValueError, match="past_key_values is DynamicCache; expected a FwPKMCache"):
-        generate(model, tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match=f"{CACHE} is DynamicCache; expected a FwPKMCache"):
+        generate(model, tokens, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match="cache_implementation is static; expected None"):
         generate(model, tokens, cache_implementation="static")
     with pytest.raises(ValueError, match="commit_after_prompt is True; expected a cache"):

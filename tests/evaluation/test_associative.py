@@ -40,10 +40,10 @@ class LooksUp(nn.Module):
         super().__init__()
         self.config, self.device, self.known = model(vocab_size=vocabulary).config, torch.device("cpu"), None
 
-    def forward(self, tokens, past_key_values):
-        if past_key_values.tokens == 0:
+    def forward(self, tokens, cache, output_memories):
+        if cache.tokens == 0:
             self.known = [[] for _ in tokens]
-        past_key_values.tokens += tokens.shape[1]
+        cache.tokens += tokens.shape[1]
         logits = torch.zeros(*tokens.shape, self.config.vocab_size)
         for row, (known, new) in enumerate(zip(self.known, tokens.tolist(), strict=True)):
             for t, token in enumerate(new):

@@ -82,7 +82,7 @@ class Knows(nn.Module):
     def read(self, tokens, cache):
         self.read_so_far += tokens.numel()
 
-    def forward(self, tokens, past_key_values):
+    def forward(self, tokens, cache):
         given = tokens[0].tolist()
         which = next(i for i, whole in enumerate(self.whole) if whole[:-1] == given)
         said = list(self.whole[which][1:])
