@@ -159,9 +159,8 @@ def worst(
     assert len(expected) == len(ids) == len(completion.logprobs)
     if greedy:
         assert expected.argmax(-1).tolist() == ids
-    return max(
-        abs(expected[i, t].item() - p.logprob) for i, ps in enumerate(completion.logprobs) for t, p in ps.items()
-    )
+    differences = [expected[i, t].item() - p.logprob for i, ps in enumerate(completion.logprobs) for t, p in ps.items()]
+    return torch.tensor(differences).abs().max().item()  # NaN if any is
 
 
 def check(model: FwPKMForCausalLM, texts: list[list[int]], results: list[Any], **how: Any) -> None:

@@ -1,4 +1,4 @@
-"""Scenarios and bookkeeping, run once in a process of their own: vLLM binds threads, and patches what it finds."""
+"""What vLLM does with the plugin, run once in a process of its own: vLLM binds threads, and patches what it finds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 HERE = Path(__file__).parent
-FILES = [HERE / "bookkeeping.py", HERE / "scenarios.py"]
+FILES = [HERE / name for name in ("bookkeeping.py", "bursts.py", "scenarios.py")]
 SCENARIOS = [
     x.name
     for file in FILES
@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     options = ["-p", "no:cacheprovider", "--disable-warnings", "--show-capture=no", f"--junitxml={report}"]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        command + options, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900
+        command + options, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert report.exists(), run.stdout + run.stderr
     found: dict[str, list[str]] = {}

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.serving.toy import NOBODY, Server, alone, documents, memory_layer
 
 LENGTH = 36
-ACTIONS = ("add", "join", "step", "preempt", "abort", "finish")
+ACTIONS = ("add", "join", "burst", "step", "preempt", "abort", "finish")
 # Setups: chunk size, lookahead, width of the convolution, records a page of the log and of recent tokens; rows a page
 # that logs are folded to; sub-keys a page, where they move.
 SETUPS = [(4, 1, 3, 5, 3), (5, 2, 0, 2, 4), (3, 0, 4, 4, 4), (7, 1, 2, 3, 2)]
@@ -72,20 +72,53 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: self.server.requests)
     @rule(document=st.integers(0, 4), data=st.data())
     def join(self, document: int, data: st.DataObject) -> None:
-        """A request that starts from the pages of another's prefix."""
+        """A request that starts from pages of others' prefixes."""
         other = data.draw(st.sampled_from(self.server.requests))
-        self.server.add(document, LENGTH, other.origin, prefix_of=other)
+        self.server.add(document, LENGTH, other.origin, shares=True)
         self.did("join")
+
+    @rule(
+        arrivals=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([3, 9, 20, LENGTH])), min_size=2, max_size=3),
+        early=st.booleans(),
+        data=st.data(),
+        padding=st.integers(0, 2),
+    )
+    def burst(self, arrivals: list[tuple[int, int]], early: bool, data: st.DataObject, padding: int) -> None:
+        """Several that share a prefix arrive in one step, behind those that are there; some are twice the same. One may
+        be preempted in that step, once it has its pages.
+        """
+        pieces = self.pieces(data)
+        for document, count in arrivals:
+            origin = 9 if early and not self.server.versions else 0
+            request = self.server.add(document, LENGTH, origin, shares=True)
+            count = min(count, self.server.longest_piece, request.length - request.computed)
+            if self.server.allocate(request, count):
+                pieces.append((request, count))
+        lost = data.draw(st.sampled_from([None, *(request for request, _ in pieces)]))
+        if lost is not None:
+            self.lose(lost)
+        self.read([piece for piece in pieces if piece[0] is not lost], padding)
+        self.did("burst")
 
     @precondition(lambda self: self.server.requests)
     @rule(data=st.data(), padding=st.integers(0, 2))
     def step(self, data: st.DataObject, padding: int) -> None:
+        pieces = self.pieces(data)
+        if pieces:
+            self.read(pieces, padding)
+            self.did("step")
+
+    def pieces(self, data: st.DataObject) -> list:
+        """What is read next of the requests that are there, as far as there are pages."""
         pieces = []
         for request in self.server.requests:
             left = request.length - request.computed
             count = min(left, self.server.longest_piece, data.draw(st.sampled_from([0, 1, 1, 2, 3, 5, 9, LENGTH])))
             if count and self.server.allocate(request, count):
                 pieces.append((request, count))
+        return pieces
+
+    def read(self, pieces: list, padding: int) -> None:
         if not pieces:
             return
         for kind in self.server.pools:
@@ -99,7 +132,6 @@ class Serving(RuleBasedStateMachine):
             Serving.compared += 1
             for stretch, _ in self.server.versions.values():
                 Serving.versions += end // stretch - first // stretch
-        self.did("step")
 
     def run(self, pieces: list, padding: int) -> list[torch.Tensor]:
         return self.server.step(pieces, padding)
@@ -264,6 +296,27 @@ class LateKeys(Faulty):
         return dataclasses.replace(step, keys=dataclasses.replace(step.keys, parts=parts))
 
 
+class OfferedAtOnce(Serving):
+    """Pages are offered to requests of the very step that writes them."""
+
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        super().start(data)
+        self.server.offered = lambda other: other.scheduled  # type: ignore[method-assign]
+
+
+class RowsOfferedAtOnce(OfferedAtOnce):
+    """The same of folded rows, and logs that end."""
+
+    setups = FOLDING
+
+
+class KeysOfferedAtOnce(OfferedAtOnce):
+    """The same of keys and queries."""
+
+    setups = MOVING
+
+
 class StaleKeys(StalePage):
     """A preempted request keeps using the pages that were taken from it, those of its keys and queries too."""
 
@@ -271,7 +324,20 @@ class StaleKeys(StalePage):
 
 
 @pytest.mark.parametrize(
-    "machine", [WrongBlock, WrongRows, LateRows, WrongKeys, LateKeys, MissingReset, StalePage, StaleKeys]
+    "machine",
+    [
+        WrongBlock,
+        WrongRows,
+        LateRows,
+        WrongKeys,
+        LateKeys,
+        MissingReset,
+        StalePage,
+        StaleKeys,
+        OfferedAtOnce,
+        RowsOfferedAtOnce,
+        KeysOfferedAtOnce,
+    ],
 )
 def test_faults_of_the_server_are_noticed(machine):
     expect_failure(machine)

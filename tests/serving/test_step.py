@@ -7,7 +7,7 @@ import torch
 from fwpkm_vllm import step
 from fwpkm_vllm.folded import Folded
 from fwpkm_vllm.keys import TOGETHER, parts
-from fwpkm_vllm.records import MOST, Field, Layout, log_layout, stretch, tokens_per_page
+from fwpkm_vllm.records import MOST, Field, Layout, log_layout, stretch, tokens_beside_log, tokens_per_page
 from fwpkm_vllm.step import Batch, Step, serve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -302,6 +302,16 @@ def test_records_fill_pages(page_bytes, record_bytes, block):
     elif tokens < MOST * block:  # or sharing would be coarse
         assert 2 * tokens * record_bytes > page_bytes
         assert tokens < block or (tokens + block) * record_bytes > page_bytes
+
+
+@given(st.integers(1, 1 << 20), st.integers(1, 1 << 14), st.integers(1, 512), st.sampled_from([16, 32, 48, 128]))
+def test_prefixes_are_shared_wherever_pages_of_the_log_end(page_bytes, record_bytes, width, block):
+    config = FwPKMConfig(fwpkm_value_dim=width)
+    log = tokens_per_page(page_bytes, log_layout(config).nbytes, block)
+    tokens = tokens_beside_log(page_bytes, record_bytes, block, config)
+    assert log % tokens == 0
+    assert tokens * record_bytes <= page_bytes or tokens % 2
+    assert tokens_beside_log(page_bytes, log_layout(config).nbytes, block, config) == log
 
 
 @given(st.integers(1, 10_000), st.lists(st.integers(1, 60), min_size=1, max_size=4))

@@ -37,6 +37,7 @@ class Request:
     length: int
     origin: int = 0  # where its memory commits early
     computed: int = 0
+    scheduled: int = 0  # with the step that it has pages for
     blocks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     residuals: list[Tensor] = field(default_factory=list)  # of its records, of each step
 
@@ -115,36 +116,45 @@ class Server:
         self.window = window(config)
         self.requests: list[Request] = []
 
-    def add(self, document: int, length: int, origin: int = 0, prefix_of: Request | None = None) -> Request:
-        """A request, which starts from as much of what ``prefix_of`` has in pages as the two have in common."""
+    def add(self, document: int, length: int, origin: int = 0, shares: bool = False) -> Request:
+        """A request; one that ``shares`` starts from as much of its prefix as is found in pages of others."""
         request = Request(document, length, origin)
-        if prefix_of is not None:
-            self.share(request, prefix_of)
+        if shares:
+            self.share(request)
         self.requests.append(request)
         return request
 
-    def share(self, request: Request, other: Request) -> None:
-        """Use the pages of a common prefix, as far as they are full and the last window is still there."""
-        mine, theirs = self.documents[request.document], self.documents[other.document]
-        shortest = min(len(mine), len(theirs))
-        same = (mine[:shortest] != theirs[:shortest]).any(1)
-        common = int(same.int().argmax()) if bool(same.any()) else shortest
-        limit = min(common, other.computed, request.length - 1)
+    def share(self, request: Request) -> None:
+        """Use pages of others, each kind from whom has it, as far as they are full and the last window is there."""
         pages = [self.pools[kind].page for kind in self.pools if kind not in self.versions]
-        for tokens in range(limit, 0, -1):
-            if any(tokens % page for page in pages) or request.origin != other.origin:
+        for tokens in range(request.length - 1, 0, -1):
+            if any(tokens % page for page in pages):
                 continue
+            sources = [other for other in self.requests if self.finds(request, other, tokens)]
             needed = {kind: self.needed(kind, tokens) for kind in self.pools}
-            if all(other.blocks[kind][i] != NOBODY for kind in self.pools for i in needed[kind]):
+            found = {
+                kind: [other for other in sources if all(other.blocks[kind][i] != NOBODY for i in needed[kind])]
+                for kind in self.pools
+            }
+            if all(found.values()):
                 break
         else:
             return
         request.computed = tokens
         for kind, pool in self.pools.items():
-            row = other.blocks[kind][: needed[kind].stop]
+            row = found[kind][-1].blocks[kind][: needed[kind].stop]
             request.blocks[kind] = [block if i in needed[kind] else NOBODY for i, block in enumerate(row)]
             for block in request.blocks[kind]:
                 pool.holders[block] += block != NOBODY
+
+    def finds(self, request: Request, other: Request, tokens: int) -> bool:
+        """Whether the first ``tokens`` of a request are those of another, and offered."""
+        mine, theirs = self.documents[request.document][:tokens], self.documents[other.document][:tokens]
+        return request.origin == other.origin and tokens <= self.offered(other) and torch.equal(mine, theirs)
+
+    def offered(self, other: Request) -> int:
+        """Of how many tokens a request's pages are offered: of those that steps before have written."""
+        return other.computed
 
     @property
     def longest_piece(self) -> int:
@@ -175,6 +185,7 @@ class Server:
             return False
         for kind, pool in self.pools.items():
             request.blocks[kind] += [pool.take() for _ in range(missing[kind])]
+        request.scheduled = request.computed + tokens
         return True
 
     def release(self, request: Request) -> None:
@@ -185,7 +196,7 @@ class Server:
 
     def preempt(self, request: Request) -> None:
         self.release(request)
-        request.computed, request.residuals = 0, []
+        request.computed, request.scheduled, request.residuals = 0, 0, []
 
     def remove(self, request: Request) -> None:
         self.release(request)

@@ -30,7 +30,7 @@ from fwpkm_vllm.records import (
     recent_layout,
     row_layout,
     stretch,
-    tokens_per_page,
+    tokens_beside_log,
     window,
 )
 from fwpkm_vllm.sharing import MANAGERS, CleaningSpec, FoldedSpec, KeysSpec, LogSpec, RecentSpec, StretchSpec
@@ -154,8 +154,8 @@ class RecordPages(nn.Module, AttentionLayerBase):
 
     def kind(self, vllm_config: VllmConfig) -> dict[str, Any]:
         """Of pages of the size that attention has, with as many records as fit."""
-        page_bytes = attention_page_bytes(vllm_config)
-        tokens = tokens_per_page(page_bytes, self.layout.nbytes, vllm_config.cache_config.block_size)
+        page_bytes, size = attention_page_bytes(vllm_config), vllm_config.cache_config.block_size
+        tokens = tokens_beside_log(page_bytes, self.layout.nbytes, size, self.config)
         self.page_bytes = max(page_bytes, tokens * self.layout.nbytes)
         return self.bytes_of(tokens, self.layout.nbytes)
 
@@ -305,14 +305,6 @@ class KeyPages(VersionPages):
 class QueryPages(RecordPages):
     """The queries of the open chunk, which its key commit needs."""
 
-    def kind(self, vllm_config: VllmConfig) -> dict[str, Any]:
-        """As many in a page as records of the log, or fewer: so prefixes are shared no more coarsely for them."""
-        page_bytes = attention_page_bytes(vllm_config)
-        tokens = tokens_per_page(page_bytes, log_layout(self.config).nbytes, vllm_config.cache_config.block_size)
-        tokens = tokens_per_page(page_bytes, self.layout.nbytes, tokens, most=1)
-        self.page_bytes = max(page_bytes, tokens * self.layout.nbytes)
-        return self.bytes_of(tokens, self.layout.nbytes)
-
     def spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         kind, chunk = self.kind(vllm_config), self.config.fwpkm_chunk_size
         bytes_a_token = self.page_bytes / kind["block_size"]
@@ -388,7 +380,7 @@ def stretch_length(config: FwPKMConfig, vllm_config: VllmConfig) -> int | None:
         return None
     page_bytes, size = attention_page_bytes(vllm_config), vllm_config.cache_config.block_size
     layouts = log_layout(config), recent_layout(config, vllm_config.model_config.dtype)
-    blocks = [tokens_per_page(page_bytes, layout.nbytes, size) for layout in layouts]
+    blocks = [tokens_beside_log(page_bytes, layout.nbytes, size, config) for layout in layouts]
     least = vllm_config.scheduler_config.max_num_batched_tokens
     return stretch(max(limit, least), config.fwpkm_chunk_size, size, *blocks)
 

@@ -83,15 +83,26 @@ def window(config: FwPKMConfig) -> int:
 MOST = 8  # times the tokens of a block: prefixes are shared in whole pages
 
 
-def tokens_per_page(page_bytes: int, record_bytes: int, tokens: int, most: int = MOST) -> int:
-    """How many records a page of ``page_bytes`` holds: at most ``most`` times ``tokens``, or that halved until it fits.
-
-    Block sizes so divide each other, which prefix caching asks for; what is left of a page is padding.
+def tokens_per_page(page_bytes: int, record_bytes: int, tokens: int) -> int:
+    """How many records a page of ``page_bytes`` holds: :data:`MOST` times ``tokens`` or less, or that halved until it
+    fits; what is left of a page is padding.
     """
     fit = page_bytes // record_bytes
     while tokens > max(1, fit) and tokens % 2 == 0:
         tokens //= 2
-    return tokens * min(most, max(1, fit // tokens))
+    return tokens * min(MOST, max(1, fit // tokens))
+
+
+def tokens_beside_log(page_bytes: int, record_bytes: int, tokens: int, config: FwPKMConfig) -> int:
+    """The same of records of any kind: as many as the log's or a whole fraction of that, so that prefixes, which are
+    shared where pages of all kinds end, are shared wherever those of the log end.
+    """
+    log = tokens_per_page(page_bytes, log_layout(config).nbytes, tokens)
+    unit = min(tokens, log)
+    held = tokens_per_page(page_bytes, record_bytes, unit)
+    while log % held:
+        held -= unit
+    return held
 
 
 def stretch(limit: int, *sizes: int) -> int:
