@@ -387,7 +387,7 @@ MAKE, GET, CHUNK = Folded.make, Versions.get, MovingKeys._chunk
     [
         (Batch, "chunks", _reads_the_open_chunk),
         (Pages, "write", _writes_what_is_not_its_own),
-        (Folded, "covered", _begins_with_the_first_record),
+        (Folded, "version", _begins_with_the_first_record),
         (Folded, "make", _forgets_what_was_folded_before),
         (Versions, "get", _gets_the_version_before),
         (MovingKeys, "_chunk", _commits_this_step_s_queries_alone),
