@@ -47,7 +47,7 @@ class Changes(NamedTuple):
             require(stored == 0, "weights.values.device", "meta", "a device that holds what a memory stores")
             return
         if self.values is not None:
-            target.copy_(self.values)
+            weights.values.copy_(self.values)
         if self.writes is not None:
             slots, *others = self.writes
             memory_write_(target.detach(), slots.to(target.device), *(x.to(target) for x in others))
