@@ -19,6 +19,7 @@ from fwpkm.baselines.fast_weight_mlp import FastWeightMLP
 from fwpkm.baselines.models import baselines, state_bytes
 from fwpkm.data.text import load_split, standard_library
 from fwpkm.evaluation.perplexity import perplexity
+from fwpkm.memory.trail import REACH
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from fwpkm.report.baselines import baselines_table, draw_baselines
 from fwpkm.report.plots import write_picture
@@ -201,13 +202,14 @@ def test_state_bytes_of_attention():
     width, blocks, number = SETTINGS.width, 2, 4
     assert state_bytes(read("full attention", 150)) == 2 * blocks * 2 * 150 * width * number
     for name in ("no memory", "slow PKM"):
-        assert state_bytes(read(name, 150)) == 2 * blocks * 2 * 63 * width * number
+        assert state_bytes(read(name, 150)) == 2 * blocks * 2 * min(150, 63 + REACH) * width * number
 
 
 def test_state_bytes_of_fast_weights():
     """In all: window, fast weights, what the open chunk needs, and the convolutions' last inputs."""
     width, number = SETTINGS.width, 4
-    window = 2 * 2 * 63 * width * number
+    window = 2 * 2 * 150 * width * number
+    whole = 2 * 2 * (63 + REACH) * width * number
     inputs = (SETTINGS.query_conv - 1) * width * number
     inner = 8 * width // 3
     open_tokens = 150 % SETTINGS.training_chunk
@@ -220,8 +222,8 @@ def test_state_bytes_of_fast_weights():
         memory = cache.memories[0].memory
         assert memory.own_values is not None
         assert memory.log is None
-        kept = cache.memories[0].inputs.used * width * number
-        return state_bytes(cache) - 2 * (window + kept + SETTINGS.n_subkeys**2 * width * number)
+        kept = cache.memories[0].inputs.shape[1] * width * number
+        return state_bytes(cache) - 2 * (whole + kept + SETTINGS.n_subkeys**2 * width * number)
 
     assert beside_values("FwPKM slow exact", 320) == 0
     assert beside_values("FwPKM fast exact", 320) == 2 * 2 * SETTINGS.n_subkeys * width // 2 * number  # own keys

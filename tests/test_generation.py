@@ -1,5 +1,9 @@
 """transformers' ``generate`` and cache over a model with memories: the same as computing everything anew."""
 
+import dataclasses
+import re
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +16,7 @@ from fwpkm.layers.host import CACHE
 from fwpkm.memory import KEY_UPDATES
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from tests.draws import Draw, seeds
-from tests.test_models import LAYOUTS, make_model
+from tests.test_models import LAYOUTS, MIXERS, make_config, make_model
 
 pytestmark = pytest.mark.numerical
 
@@ -103,45 +107,93 @@ def test_the_cache_selects_and_repeats_rows():
     assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
-@given(seed=seeds, length=st.integers(2, 30), drop=st.integers(1, 6), conv=st.sampled_from([0, 1, 4]))
+@given(
+    seed=seeds,
+    layout=LAYOUTS,
+    key_update=st.sampled_from(KEY_UPDATES),
+    conv=st.sampled_from([0, 1, 4]),
+    masked=st.booleans(),
+    cuts=st.sets(st.integers(1, 29), max_size=5),
+    drop=st.integers(0, 29),
+)
 @torch.no_grad()
-def test_crop(seed, length, drop, conv):
-    """Tokens of the open chunk are taken back as if they had never come; others are refused, and nothing is lost."""
-    model = make_model(seed, layer_types=["full_attention"] * 2, fwpkm_query_conv=conv)
-    tokens, more = Draw(seed).integers(32, 2, length), Draw(seed + 1).integers(32, 2, 12)
+def test_crop(seed, layout, key_update, conv, masked, cuts, drop):
+    """Tokens are taken back as if they had never come: of any calls, committed ones too, masked and unmasked."""
+    model = make_model(seed, fwpkm_query_conv=conv, fwpkm_key_update=key_update, fwpkm_learning_rate=0.3, **layout)
+    model = model.double()
+    draw = Draw(seed)
+    tokens, more = draw.integers(32, 2, 30), draw.integers(32, 2, 12)
+    mask = (draw.uniform(2, 42) < 0.7).long() if masked else torch.ones(2, 42, dtype=torch.int64)
+    end = 30 - drop
+
+    def read(cache, piece, start: int) -> Tensor:
+        seen = cache.get_seq_length() + piece.shape[1]
+        known = torch.cat((mask[:, : cache.get_seq_length()], mask[:, start : start + piece.shape[1]]), 1)
+        assert known.shape[1] == seen
+        return model(piece, attention_mask=known, cache=cache).logits
+
+    def of(length: int) -> FwPKMCache:
+        cache, start = FwPKMCache(model.config), 0
+        for piece in tokens[:, :length].tensor_split(sorted(cut for cut in cuts if cut < length), dim=1):
+            read(cache, piece, start)
+            start += piece.shape[1]
+        return cache
+
+    cache = of(30)
+    cache.crop(-drop)
+    assert cache.get_seq_length() == end
+    known = torch.cat((mask[:, :end], mask[:, 30:]), 1)
+    have = model(more, attention_mask=known, cache=cache).logits
+    want = model(torch.cat((tokens[:, :end], more), 1), attention_mask=known).logits[:, end:]
+    real = known[:, end:].bool()
+    assert_close(have[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", MIXERS)
+@torch.no_grad()
+def test_crop_is_whole_or_not_at_all(layers):
+    model = make_model(layer_types=layers).double()
+    tokens, more = torch.randint(32, (1, 140)), torch.randint(32, (1, 9))
     cache = FwPKMCache(model.config)
-    for piece in tokens.split(5, dim=1):
-        model(piece, past_key_values=cache)
-    if drop > length % 8:
-        with pytest.raises(ValueError, match=f"tokens is {drop}; expected at most the {length % 8} tokens of the open"):
-            cache.crop(-drop)
-        drop = 0
-    else:
-        cache.crop(-drop)
-    have = model(more, past_key_values=cache).logits
-    want = model(torch.cat((tokens[:, : length - drop], more), 1)).logits[:, length - drop :]
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="tokens is 129; expected 0 to 128: the last 128 tokens can be taken back"):
+        cache.crop(-129)
+    with pytest.raises(ValueError, match="tokens_to_remove is 3; expected 0, or minus the tokens to take back"):
+        cache.crop(3)
+    cache.memories[1] = cache.memories[1]._replace(memory=dataclasses.replace(cache.memories[1].memory, trail=None))
+    with pytest.raises(ValueError, match="tokens is 1; expected 0 to 0: the last 128"):
+        cache.crop(-1)
+    cache.crop(0)
+    assert cache.get_seq_length() == 140
+    have, want = model(more, cache=cache).logits, model(torch.cat((tokens, more), 1)).logits[:, 140:]
     assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_crop_does_not_reach_behind_a_mask():
-    model = make_model(layer_types=["full_attention"] * 2)
-    tokens, mask = prompts(3, [5, 3])
-    cache = FwPKMCache(model.config)
-    model(tokens, attention_mask=mask, past_key_values=cache)
-    with pytest.raises(ValueError, match="tokens is 1; expected at most 0, read since the last call with a mask"):
-        cache.crop(-1)
-    with pytest.raises(ValueError, match="tokens_to_remove is 3; expected 0, or minus the tokens to take back"):
-        cache.crop(3)
+ASSISTANTS = {
+    "itself": {},
+    "another": {"seed": 1},
+    "without memories": {"seed": 1, "fwpkm_layers": [], "layer_types": ["full_attention"] * 2},
+}
 
 
+@pytest.mark.parametrize("layers", MIXERS)
+@pytest.mark.parametrize("how", ["prompt lookup", *ASSISTANTS])
 @torch.no_grad()
-def test_assisted_generation_equals_greedy():
-    """Prompt lookup proposes tokens and takes wrong ones back: the cache crops on the way."""
-    model = make_model(layer_types=["full_attention"] * 2, fwpkm_chunk_size=64)
-    tokens = torch.randint(1, 32, (1, 6)).repeat(1, 3)
-    want = generate(model, tokens, new=20, do_sample=False)
-    assert torch.equal(generate(model, tokens, new=20, do_sample=False, prompt_lookup_num_tokens=3), want)
+def test_assisted_generation_is_greedy(layers, how):
+    """Drafts that reach over chunks and windows and are taken back leave no trace, with padding on the left too."""
+    odd = (MIXERS.index(layers) + len(how)) % 2
+    key_update, commit = ("fast", True) if odd else ("slow", False)
+    options = {"layer_types": layers, "fwpkm_key_update": key_update, "fwpkm_learning_rate": 0.3}
+    model = make_model(0, **options).double()
+    tokens = torch.cat((torch.full((1, 3), PAD), torch.randint(1, 32, (1, 6)).repeat(1, 4)), 1)
+    mask = (tokens != PAD).long()
+    if how in ASSISTANTS:
+        drafts = {"assistant_model": make_model(**options | ASSISTANTS[how]).double()}
+    else:
+        drafts = {"prompt_lookup_num_tokens": 7}
+    further = {"commit_after_prompt": True} if commit else {}
+    want = generate(model, tokens, mask, new=24, do_sample=False, **further)
+    assert torch.equal(generate(model, tokens, mask, new=24, do_sample=False, **drafts, **further), want)
 
 
 @torch.no_grad()
@@ -173,3 +225,33 @@ def test_bad_use():
         generate(model, tokens, cache_implementation="static")
     with pytest.raises(ValueError, match="commit_after_prompt is True; expected a cache"):
         generate(model, tokens, commit_after_prompt=True, use_cache=False)
+    for drafts, name in (
+        ({"prompt_lookup_num_tokens": 129}, "prompt_lookup"),
+        ({"assistant_model": model}, "assistant"),
+    ):
+        model.generation_config.num_assistant_tokens = 129
+        with pytest.raises(
+            ValueError, match=f"num_{name}_tokens is 129|{name}_num_tokens is 129; expected at most 128"
+        ):
+            generate(model, tokens, **drafts)
+    with pytest.raises(ValueError, match="assistant_early_exit is 1; expected None"):
+        generate(model, tokens, assistant_early_exit=1)
+
+
+@pytest.mark.parametrize("how", ["generate_batch", "init_continuous_batching", "paged"])
+def test_continuous_batching_is_refused(how):
+    """In one line, before anything starts."""
+    model = make_model()
+    tokens = torch.ones(1, 3, dtype=torch.int64)
+    call = partial(generate, model, cache_implementation="paged") if how == "paged" else getattr(model, how)
+    with pytest.raises(NotImplementedError, match=r"continuous batching .* use generate\(\), or serve .* with vLLM"):
+        call(tokens=tokens)
+
+
+@pytest.mark.parametrize("kind", ["paged|sdpa", "paged|eager", "flex_attention", "flash_attention_2"])
+def test_attention_that_cannot_work_is_refused(kind):
+    model = make_model()
+    with pytest.raises(ValueError, match=f"attn_implementation is {re.escape(kind)}; expected eager, sdpa or windowed"):
+        model.set_attn_implementation(kind)
+    with pytest.raises(ValueError, match=f"attn_implementation is {re.escape(kind)}; expected eager, sdpa or windowed"):
+        FwPKMForCausalLM(make_config(attn_implementation=kind))

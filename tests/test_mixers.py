@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softplus
 from torch.testing import assert_close
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from fwpkm.layers import GatedDeltaNet
 from fwpkm.layers.convolution import causal_convolution
+from fwpkm.layers.delta_net import DeltaLayer
 from fwpkm.layers.mixers import sliding_window_attention
 from tests.draws import Draw, seeds
 from tests.test_models import make_config
@@ -143,7 +144,7 @@ def test_delta_net_of_each_sequence_by_itself(seed, masked, packed, cuts, width,
     draw = Draw(seed)
     hidden = draw.normal(2, 16, 16)
     mask, starts = draw_mask_and_starts(draw, masked, packed, 16)
-    cache, pieces = Cache(layers=[LinearAttentionLayer()]), []
+    cache, pieces = Cache(layers=[DeltaLayer()]), []
     for piece in zip(cut(hidden.float(), cuts), cut(mask, cuts), cut(starts, cuts), strict=True):
         pieces.append(layer(piece[0], cache, *piece[1:]))
     have = torch.cat(pieces, 1)
@@ -175,7 +176,7 @@ def test_delta_net_gets_the_gradients_of_one_pass_from_several_calls():
     (layer(hidden) * upstream).sum().backward()
     want = {name: x.grad.clone() for name, x in layer.named_parameters()}
     layer.zero_grad()
-    cache = Cache(layers=[LinearAttentionLayer()])
+    cache = Cache(layers=[DeltaLayer()])
     (torch.cat([layer(x, cache) for x in hidden.split([9, 1, 11], dim=1)], 1) * upstream).sum().backward()
     for name, x in layer.named_parameters():
         assert x.grad.abs().sum() > 0, name

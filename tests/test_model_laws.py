@@ -83,6 +83,34 @@ def test_left_padded_is_unpadded(seed, layout, memory, cuts, padding):
         assert_same(have[1:, padding:], second)
 
 
+@given(
+    seed=seeds,
+    layout=LAYOUTS,
+    memory=memories,
+    cuts=splits,
+    share=st.sampled_from([0.2, 0.6, 0.9]),
+    attention=st.sampled_from(["windowed_sdpa", "sdpa", "eager"]),
+)
+@torch.no_grad()
+def test_masked_is_removed(seed, layout, memory, cuts, share, attention):
+    """Tokens masked anywhere, in long runs too, are as good as absent, for windows as for memories, in any calls."""
+    model = draw_model(seed, layout, memory)
+    model.set_attn_implementation(attention)
+    draw = Draw(seed)
+    tokens, mask = draw.integers(32, 3, LENGTH), draw.uniform(3, LENGTH) < share
+    mask[1, 5:20], mask[2, 12:] = False, False
+    mask[:, 0] = True
+    cache, pieces = FwPKMCache(model.config), []
+    for piece in tokens.tensor_split(sorted(cuts), dim=1):
+        read = cache.get_seq_length() + piece.shape[1]
+        pieces.append(model(piece, attention_mask=mask[:, :read], cache=cache).logits)
+    together, one = torch.cat(pieces, 1), model(tokens, attention_mask=mask).logits
+    for row in range(3):
+        want = model(tokens[row : row + 1, mask[row]]).logits[0]
+        assert_same(one[row, mask[row]], want)
+        assert_same(together[row, mask[row]], want)
+
+
 @given(seed=seeds, layout=LAYOUTS, memory=memories, cuts=splits, both=st.booleans())
 @torch.no_grad()
 def test_packed_is_separate(seed, layout, memory, cuts, both):

@@ -20,16 +20,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fwpkm import FastWeights, MemoryConfig, MemoryState, fast_weight_memory, reference
+from fwpkm.memory import KEY_UPDATES
 from fwpkm.memory.forget import forget
-from tests.draws import also, choose, seeds
+from tests.draws import also, any_cuts, seeds
 from tests.rounding import following, records_of
-from tests.test_functional import OPTIONS, OVERSHOT, Inputs, any_case, configs, dense, draw_inputs, sizes
+from tests.test_functional import OVERSHOT, Inputs, any_case, configs, dense, draw_inputs, sizes
 from tests.test_packing import MASKED, flags, masks, run
-
-
-def long_chunks(pick):
-    return MemoryConfig(**choose(pick, OPTIONS | {"chunk_size": range(4, 8)}))
-
 
 RECORDS = ("slots", "coefficients", "residuals", "chunks", "gates")
 
@@ -141,27 +137,45 @@ def test_select(config, seed, masked, picks, **size):
     assert_close(dense(have.state), dense(want.state)[picks])
 
 
-@also(60, **any_case | {"config": long_chunks}, masked=MASKED, drop=range(1, 4))
-@given(config=configs, seed=seeds, masked=masks, drop=st.integers(0, 6), **sizes)
-def test_crop(config, seed, masked, drop, **size):
-    """A state without its last tokens is the state before them; what is committed is not taken back."""
-    inputs, more = draw_inputs(seed, **size), draw_inputs(seed + 1, **size)
-    length = size["length"]
-    mask = flags(seed, masked, size["batch"], length)
-    if mask is not None:
-        mask[:, length - min(drop, length) :] = True
+@also(60, **any_case, masked=MASKED, drop=range(1, 25), cuts=any_cuts, flushed=[False, True], again=range(4))
+@given(
+    config=configs,
+    seed=seeds,
+    masked=masks,
+    drop=st.integers(0, 30),
+    cuts=st.lists(st.integers(1, 23), max_size=4),
+    flushed=st.booleans(),
+    again=st.integers(0, 3),
+    **sizes,
+)
+def test_crop(config, seed, masked, drop, cuts, flushed, again, **size):
+    """Read a, read b, take back b is read a: at any place, in any number of calls, and again from there."""
+    first, second, more = (draw_inputs(seed + i, **size) for i in range(3))
+    length, batch = size["length"], size["batch"]
+    drop = min(drop, length)
+    mask = flags(seed, masked, batch, 2 * length)
+    tokens = [torch.cat(pair, 1) for pair in zip(first[:3], second[:3], strict=True)]
+
+    def read(state, start: int, stop: int):
+        part = None if mask is None else mask[:, start:stop]
+        return fast_weight_memory(*(x[:, start:stop] for x in tokens), state, config, mask=part).state
+
     with torch.no_grad():
-        state = fast_weight_memory(*inputs[:3], inputs.weights, config, mask=mask).state
-        open_tokens = torch.as_tensor(state.open_tokens).min()
-        if drop > open_tokens:
-            with pytest.raises(ValueError, match=f"tokens is {drop}; expected at most the {open_tokens} tokens of the"):
-                state.crop(drop)
-            return
-        assume(drop < length)
-        kept = None if mask is None else mask[:, : length - drop]
-        before = fast_weight_memory(*inputs.tokens(0, length - drop), inputs.weights, config, mask=kept).state
+        end = 2 * length - drop
+        state = want = first.weights
+        places = sorted({0, length, 2 * length, *(cut for cut in cuts if cut < 2 * length)})
+        for start, stop in pairwise(places):
+            state = read(state, start, stop)
+            if start < end:
+                want = read(want, start, min(stop, end))
+            if flushed and stop == length:
+                state = state.flush()
+                want = want.flush() if end >= length else want
         cropped = state.crop(drop)
-        want, have = (fast_weight_memory(*more[:3], x, config) for x in (before, cropped))
+        again = min(again, end - 1 - length if flushed else end - 1)
+        if again > 0:  # taken back from there, and read again
+            cropped = read(cropped.crop(again), end - again, end)
+        want, have = (fast_weight_memory(*more[:3], x, config) for x in (want, cropped))
         assume(want.output.abs().max() < OVERSHOT)
         assert_close(have.output, want.output)
         assert_close(dense(have.state), dense(want.state))
@@ -202,6 +216,32 @@ def test_when_a_log_is_folded_depends_on_its_own_records_alone(flushed, log_dtyp
     with torch.no_grad():
         found = {kept(rows, cuts) for rows in (1, 3) for cuts in ([], [5, 6, 7, 50], list(range(0, 90, 7)), [1, 89])}
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 500])
+@pytest.mark.parametrize("key_update", KEY_UPDATES)
+@torch.no_grad()
+def test_how_far_back_crop_goes(length, key_update):
+    """As far as the last 128 tokens, whatever came before in the same call or token by token; not further."""
+    config = MemoryConfig(topk=2, chunk_size=50, key_update=key_update)
+    inputs = draw_inputs(0, 1, length + 300, 1, 9)
+    longer = fast_weight_memory(*inputs.tokens(0, length), inputs.weights, config).state
+    for token in range(length, length + 290):
+        longer = fast_weight_memory(*inputs.tokens(token, token + 1), longer, config).state
+    for state, read in (
+        (fast_weight_memory(*inputs.tokens(0, length), inputs.weights, config).state, length),
+        (longer, length + 290),
+    ):
+        most = min(128, read)
+        for tokens in {1, most // 2, most - 1} & set(range(1, read)):
+            want = fast_weight_memory(*inputs.tokens(0, read - tokens), inputs.weights, config).state
+            have = state.crop(tokens)
+            assert have.position == want.position
+            assert_close(dense(have), dense(want))
+            assert_close(have.keys, want.keys)
+        assert state.crop(most).position == read - most
+        with pytest.raises(ValueError, match=f"tokens is {most + 1}; expected 0 to {most}: the last 128 tokens can be"):
+            state.crop(most + 1)
 
 
 def test_bfloat16_records():
@@ -352,7 +392,7 @@ def test_memory_that_nobody_wrote_is_not_saved(tmp_path):
     [
         (lambda s: s.select([2]), r"indices is \[2\]; expected memories in \[0, 2\)"),
         (lambda s: s.select([[0]]), r"indices.shape is \[1, 1\]; expected \[M\]"),
-        (lambda s: s.crop(-1), "tokens is -1; expected at most the 2 tokens of the open chunk"),
+        (lambda s: s.crop(-1), "tokens is -1; expected 0 to 10: the last 128 tokens can be taken back"),
         (lambda s: s.fold(), "memories is 2; expected 1"),
         (
             lambda s: dataclasses.replace(s, config=dataclasses.replace(s.config, scope="shared")).select([0]),

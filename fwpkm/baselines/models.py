@@ -99,7 +99,7 @@ def _memory_bytes(state: LayerState | MLPState) -> int:
     else:
         memory: MemoryState = state.memory
         moved = memory.keys.data_ptr() != memory.base.keys.data_ptr()
-        kept = [memory.own_values, memory.waiting, memory.keys if moved else None]
-        for columns in (memory.log and memory.log.records, memory.open, state.inputs):
+        kept = [memory.own_values, memory.waiting, memory.keys if moved else None, state.inputs]
+        for columns in (memory.log and memory.log.records, memory.open):
             kept += columns.columns() if columns else []
     return sum(x.nbytes for x in kept if x is not None)

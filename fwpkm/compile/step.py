@@ -216,7 +216,7 @@ class Step(nn.Module):
             committed=commits * config.chunk_size,
             memories=self.batch,
         )
-        return LayerState(memory, Appendable.of([tensors["inputs"]]) if "inputs" in tensors else None)
+        return LayerState(memory, tensors.get("inputs"))
 
 
 def _memory_tensors(state: LayerState, names: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -228,7 +228,7 @@ def _memory_tensors(state: LayerState, names: dict[str, Tensor]) -> Iterator[tup
     found = dict(zip(_RECORDS, memory.log.records.tensors, strict=True)) | {"waiting": memory.waiting}
     found |= {"keys": memory.keys, **dict(zip(_OPEN, memory.open.columns(), strict=False))}
     if state.inputs is not None:
-        found["inputs"] = state.inputs.columns()[0]
+        found["inputs"] = state.inputs
     return ((name, found[name]) for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
 from fwpkm.memory.formulas import addressing_loss, subkey_usage
 from fwpkm.memory.state import MemoryState
+from fwpkm.memory.trail import Trail, leaves_trail, parts
 from fwpkm.ops.autocast import without_autocast
 
 
@@ -69,10 +71,39 @@ def fast_weight_memory(
         ValueError: naming the argument, its value and what is expected.
     """
     require_shape("query", query, ("B", "T", "H", "Dk"))
-    batch, length = query.shape[:2]
-    state = memory.usable() if isinstance(memory, MemoryState) else MemoryState.start(memory, config, batch)
+    state = memory.usable() if isinstance(memory, MemoryState) else MemoryState.start(memory, config, query.shape[0])
     _check(query, target, gate, state, config, mask, reset)
-    shared = config.scope == "shared"
+    given = query, target, gate, mask, reset
+    reads, losses = [], ChunkLosses.none(state.values)
+    recorded = leaves_trail(training)
+    for part in parts(given) if recorded else [given]:
+        before = dataclasses.replace(state, trail=None)
+        trail = (state.trail or Trail(read_again)).extend(before, part) if recorded else None
+        read, state, found = _read(before, part, training)
+        state, losses = dataclasses.replace(state, trail=trail), losses + found
+        reads.append(read)
+    read = reads[0] if len(reads) == 1 else Read(*(torch.cat(x, 1) for x in zip(*reads, strict=True)))
+    if commit_partial:
+        losses = losses + _open_loss(state)
+        state = state.folded().flush()
+    loss = losses.mean() if config.key_update == "slow" else losses.mean().detach()
+    return MemoryResult(read.output, state.folded(), read.slots, read.weights, loss)
+
+
+def read_again(state: MemoryState, given: tuple[Tensor | None, ...]) -> MemoryState:
+    """The state after reading what another state has read, outside training: queries, targets, gates, mask, reset."""
+    return _read(state.usable(), given, training=False)[1].folded()
+
+
+def _read(
+    state: MemoryState, given: tuple[Tensor | None, ...], training: bool
+) -> tuple[Read, MemoryState, ChunkLosses]:
+    """Read and write: what the arguments of :func:`fast_weight_memory` give, which have been checked."""
+    query, target, gate, mask, reset = given
+    assert query is not None
+    assert target is not None
+    assert gate is not None
+    shared = state.config.scope == "shared"
     with without_autocast(query):
         pattern = "b t ... -> 1 (t b) ..." if shared else "b t ... -> b t ..."
         target, gate = (x.to(state.values.dtype) for x in (target, gate))
@@ -86,13 +117,10 @@ def fast_weight_memory(
             read, state, losses = read_ragged(state.as_ragged(), tokens, reset, training)
         else:
             read, state, losses = read_columns(state, tokens, training)
-        if commit_partial:
-            losses = losses + _open_loss(state)
-            state = state.folded().flush()
-        if shared:
-            read = Read(*(rearrange(x, "1 (t b) d -> b t d", t=length) for x in read))
-    loss = losses.mean() if config.key_update == "slow" else losses.mean().detach()
-    return MemoryResult(read.output, state.folded(), read.slots, read.weights, loss)
+    if shared:
+        length = query.shape[1]
+        read = Read(*(rearrange(x, "1 (t b) d -> b t d", t=length) for x in read))
+    return read, state, losses
 
 
 def _check(

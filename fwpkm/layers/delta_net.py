@@ -1,20 +1,94 @@
 """Linear attention: transformers' gated delta net, which continues, skips masked tokens and keeps packed rows apart."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import logsigmoid
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from fwpkm.layers.convolution import ContinuedConv1d
 from fwpkm.memory.appendable import normal
+from fwpkm.memory.packing import following
+from fwpkm.memory.trail import Trail, leaves_trail, parts
 from fwpkm.ops import gated_delta_rule
 
 # The logarithm of the decay where a sequence begins: exp(-128) is 0 in float32.
 FORGET = -128.0
+
+
+class DeltaState(NamedTuple):
+    """Where a gated delta net stopped reading."""
+
+    inputs: Tensor | None  # [B, width - 1, channels], the last ones of the convolution
+    recurrent: Tensor | None  # [B, heads, Dk, Dv], the state of the delta rule
+
+    def select(self, index: Tensor) -> DeltaState:
+        """The rows ``index``."""
+        return DeltaState(*(None if x is None else x[index.to(x.device)] for x in self))
+
+
+class DeltaLayer(LinearAttentionLayer):
+    """What transformers' cache holds of a gated delta net. States are replaced, never written to.
+
+    Attributes:
+        trail: what was read lately, for :meth:`crop`.
+    """
+
+    is_compileable = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.trail: Trail | None = None
+
+    @property
+    def past(self) -> DeltaState:
+        """Where the last call stopped."""
+        return DeltaState(self.conv_states[0], self.recurrent_states[0])
+
+    @past.setter
+    def past(self, state: DeltaState) -> None:
+        self.conv_states[0], self.recurrent_states[0] = state
+        known = state.recurrent is not None
+        for flags in (self.is_conv_states_initialized, self.is_recurrent_states_initialized, self.has_previous_state):
+            flags[0] = known
+        if state.recurrent is not None:
+            self.dtype, self.device = state.recurrent.dtype, state.recurrent.device
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def reach(self) -> int:
+        """How many tokens can be taken back."""
+        return 0 if self.trail is None else self.trail.reach
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens, at most :attr:`reach`."""
+        if tokens_to_remove and self.trail is not None:
+            self.past, self.trail = self.trail.back(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.past, self.trail = DeltaState(None, None), None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        if self.past.recurrent is not None:
+            self.batch_select_indices(torch.arange(self.past.recurrent.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.past = self.past.select(indices)
+        self.trail = self.trail and self.trail.map(lambda x: x.select(indices), lambda x: x[indices.to(x.device)])
 
 
 class GatedDeltaNet(Qwen3NextGatedDeltaNet):
@@ -45,7 +119,7 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
 
         Args:
             hidden_states: ``[B, T, D]``.
-            cache_params: transformers' cache, whose states of this layer are continued and replaced, or None.
+            cache_params: transformers' cache, whose :class:`DeltaLayer` of this layer goes on from there, or None.
             attention_mask: ``[B, T]`` bool; a sequence is its unmasked tokens. None if all are.
             starts: ``[B, T]`` bool, true at (unmasked) tokens that begin a sequence within a row, or None.
 
@@ -55,12 +129,15 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
         query, key, value, z, b, a = self.fix_query_key_value_ordering(
             self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
         )
-        past, state = self._past(cache_params)
-        x = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
-        x, past = self.conv1d(x, past, attention_mask, starts)
-        parts = ACT2FN[self.activation](x).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
-        query, key = (part.unflatten(-1, (self.num_k_heads, -1)) for part in parts[:2])
-        value = parts[2].unflatten(-1, (self.num_v_heads, -1))
+        layer = None if cache_params is None else cache_params.layers[self.layer_idx]
+        past = DeltaState(None, None) if layer is None else layer.past
+        if not torch.compiler.is_compiling():
+            past = DeltaState(*(None if x is None else normal(x) for x in past))
+        new = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
+        x, inputs = self.conv1d(new, past.inputs, attention_mask, starts)
+        qkv = ACT2FN[self.activation](x).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+        query, key = (part.unflatten(-1, (self.num_k_heads, -1)) for part in qkv[:2])
+        value = qkv[2].unflatten(-1, (self.num_v_heads, -1))
 
         beta = b.sigmoid()
         # -exp(A_log) softplus(a + dt_bias); the backward of torch's softplus breaks captured graphs by its strides.
@@ -70,22 +147,33 @@ class GatedDeltaNet(Qwen3NextGatedDeltaNet):
             beta, decay = beta.masked_fill(masked, 0), decay.masked_fill(masked, 0)
         if starts is not None:
             decay = decay.masked_fill(starts.unsqueeze(-1), FORGET)
-        out, state = gated_delta_rule(query, key, value, decay, beta, state)
-        if cache_params is not None:
-            # transformers keeps `width` inputs, one more than needed.
-            cache_params.update_conv_state(pad(past.mT, (1, 0)), self.layer_idx)
-            cache_params.update_recurrent_state(state, self.layer_idx)
+        if layer is None or not leaves_trail(self.training):
+            out, recurrent = gated_delta_rule(query, key, value, decay, beta, past.recurrent)
+            if layer is not None:
+                layer.past, layer.trail = DeltaState(inputs, recurrent), None
+        else:
+            if past.inputs is None:
+                past = past._replace(inputs=torch.zeros_like(inputs))
+            outs = []
+            for part in parts((new, query, key, value, decay, beta, attention_mask, starts)):
+                layer.trail = (layer.trail or Trail(_read_again)).extend(past, part)
+                out, past = _read(past, part)
+                outs.append(out)
+            layer.past, out = past, torch.cat(outs, 1)
         out = self.norm(out.flatten(0, 2), z.flatten(0, 2)).view(z.shape)
         return self.out_proj(out.flatten(2))
 
-    def _past(self, cache: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Where the last call stopped: the convolution's last inputs, and the state of the delta rule."""
-        if cache is None or not cache.has_previous_state(self.layer_idx):
-            return None, None
-        layer = cache.layers[self.layer_idx]
-        if not torch.compiler.is_compiling():
-            for states in (layer.conv_states, layer.recurrent_states):
-                states[0] = normal(states[0])
-        state = layer.recurrent_states[0]
-        # The cache will be overwritten in place, which a backward through this call must not see.
-        return layer.conv_states[0][..., 1:].mT, state.clone() if torch.is_grad_enabled() else state
+
+def _read(past: DeltaState, given: tuple[Tensor | None, ...]) -> tuple[Tensor, DeltaState]:
+    """What the delta rule gives, and the state after it: from its inputs, and those of the convolution."""
+    new, query, key, value, decay, beta, mask, starts = given
+    assert new is not None
+    assert past.inputs is not None
+    out, recurrent = gated_delta_rule(query, key, value, decay, beta, past.recurrent)  # type: ignore[arg-type]
+    return out, DeltaState(following(past.inputs, new, mask, starts), recurrent)
+
+
+def _read_again(past: DeltaState, given: tuple[Tensor | None, ...]) -> DeltaState:
+    """The state after reading what another one has read."""
+    known = DeltaState(*(None if x is None else normal(x) for x in past))
+    return _read(known, given)[1]

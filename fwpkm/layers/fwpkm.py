@@ -15,36 +15,42 @@ from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.weights import MemoryWeights, at_least_float32
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
-from fwpkm.memory.appendable import Appendable, is_batched, normal
+from fwpkm.memory.appendable import is_batched, normal
 from fwpkm.memory.changes import Changes
-from fwpkm.memory.packing import last, rows, unmasked_first
+from fwpkm.memory.packing import following
+from fwpkm.memory.trail import Trail, leaves_trail, require_reach
 
 
 class LayerState(NamedTuple):
     """Where a layer stopped reading: its memories, and the last inputs that its convolutions need (or None)."""
 
     memory: MemoryState
-    inputs: Appendable | None  # [B, >= query_conv - 1, D], ending with the last token of each row; zeros before it
+    inputs: Tensor | None  # [B, query_conv - 1, D], ending with the last token of each row; zeros before it
+    trail: Trail | None = None  # of the inputs
 
     def select(self, indices: Tensor) -> LayerState:
         """The rows ``indices``, as :meth:`fwpkm.MemoryState.select`."""
-        return LayerState(self.memory.select(indices), self.inputs and self.inputs.select(indices))
+
+        def rows_of(x: Tensor) -> Tensor:
+            return x[indices]
+
+        inputs = None if self.inputs is None else rows_of(self.inputs)
+        return LayerState(self.memory.select(indices), inputs, self.trail and self.trail.map(rows_of, rows_of))
 
     def detach(self) -> LayerState:
         """The same, cut from the graph that computed it, as :meth:`fwpkm.MemoryState.detach`."""
-        return LayerState(self.memory.detach(), self.inputs and self.inputs.map(Tensor.detach))
+        inputs = None if self.inputs is None else self.inputs.detach()
+        return LayerState(self.memory.detach(), inputs, self.trail and self.trail.map(Tensor.detach, Tensor.detach))
 
-    def crop(self, tokens: int, reach: int) -> LayerState:
-        """Without the last ``tokens`` of every row, as :meth:`fwpkm.MemoryState.crop`.
-
-        ``reach``: how many inputs before a token its convolution needs.
-        """
+    def crop(self, tokens: int) -> LayerState:
+        """Without the last ``tokens`` of every row, as :meth:`fwpkm.MemoryState.crop`."""
         memory = self.memory.crop(tokens)
-        if self.inputs is None:
-            return LayerState(memory, None)
-        known = self.inputs.used - reach
-        require(tokens <= known, "tokens", tokens, "at most {}, read since the last call with a mask", known)
-        return LayerState(memory, self.inputs.drop(tokens))
+        if self.inputs is None or tokens == 0:
+            return self._replace(memory=memory)
+        require_reach(tokens, 0 if self.trail is None else self.trail.reach)
+        assert self.trail is not None
+        inputs, trail = self.trail.back(tokens)
+        return LayerState(memory, inputs, trail)
 
 
 class LayerResult(NamedTuple):
@@ -147,7 +153,7 @@ class FwPKM(MemoryWeights):
             if flags is not None:
                 require_shape(name, flags, hidden.shape[:2])
                 require_dtype(name, flags, torch.bool)
-        query_input, gate_input, inputs = self._inputs(hidden, state and state.inputs, mask, starts)
+        query_input, gate_input, inputs, trail = self._inputs(hidden, state, mask, starts)
         query = rearrange(self.query(query_input), "b t (h d) -> b t h d", h=self.heads)
         target = zscore(self.value(self.value_norm(hidden)))
         gate = at_least_float32(self.gate(gate_input).squeeze(-1)).sigmoid()
@@ -176,7 +182,7 @@ class FwPKM(MemoryWeights):
         weight = gate.unsqueeze(-1)
         mixed = weight * result.output + (1 - weight) * target
         hidden = hidden + self.output(self.output_norm(mixed.to(hidden.dtype)))
-        return LayerResult(hidden, LayerState(result.state, inputs), gate, result)
+        return LayerResult(hidden, LayerState(result.state, inputs, trail), gate, result)
 
     def commit(self) -> None:
         """Write what the last training forward stored in the ``shared`` memory into ``keys`` and ``values``."""
@@ -205,44 +211,36 @@ class FwPKM(MemoryWeights):
         self.discard()
 
     def _inputs(
-        self, hidden: Tensor, before: Appendable | None, mask: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor, Appendable | None]:
-        """The inputs of the query and of the gate, and of ``hidden`` what later calls need."""
+        self, hidden: Tensor, state: LayerState | None, mask: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Trail | None]:
+        """The inputs of the query and of the gate, of ``hidden`` what later calls need, and the trail of that."""
         if self.query_conv is None or self.gate_conv is None:
-            return self.query_norm(hidden), self.gate_norm(hidden), None
+            return self.query_norm(hidden), self.gate_norm(hidden), None, None
         reach = self.query_conv.width - 1
-        if before is None:
-            before = Appendable.of([hidden.new_zeros(hidden.shape[0], reach, hidden.shape[2])])
+        past = None if state is None else state.inputs
+        if past is None:
+            past = hidden.new_zeros(hidden.shape[0], reach, hidden.shape[2])
         elif not torch.compiler.is_compiling():
-            before = before.map(normal)
-        past = before.last(reach)[0]
+            past = normal(past)
         convolved = []
         for norm, conv in ((self.query_norm, self.query_conv), (self.gate_norm, self.gate_conv)):
             x = norm(torch.cat((past, hidden), 1))
             convolved.append(conv(x[:, reach:], x[:, :reach], mask, starts))
-        keep = reach + self.config.chunk_size  # what a crop inside the open chunk can ask for
-        if mask is not None or starts is not None:
-            inputs = Appendable.of([_following(past, hidden, mask, starts)])
-        elif hidden.shape[1] >= keep:
-            inputs = Appendable.of([hidden[:, -keep:].clone()])
-        else:
-            inputs = before.append([hidden], keep)
-        return convolved[0], convolved[1], inputs
+        if not leaves_trail(self.training):
+            return convolved[0], convolved[1], following(past, hidden, mask, starts), None
+        trail = None if state is None else state.trail
+        past, trail = (trail or Trail(_read_again)).follow(past, (hidden, mask, starts))
+        return convolved[0], convolved[1], past, trail
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"
 
 
-def _following(past: Tensor, hidden: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:
-    """The last inputs ``[B, W, D]`` of each row after ``hidden``, those of its last sequence: zeros before it."""
-    if starts is not None:
-        sequence = starts.cumsum(1)
-        hidden = torch.where((sequence == sequence[:, -1:]).unsqueeze(-1), hidden, 0)
-        past = torch.where((sequence[:, -1] == 0).view(-1, 1, 1), past, 0)
-    count = torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
-    if mask is not None:
-        hidden, count = rows(hidden, unmasked_first(mask)[0]), mask.sum(1)
-    return last(past, hidden, count)
+def _read_again(past: Tensor, given: tuple[Tensor | None, ...]) -> Tensor:
+    """The inputs that convolutions need after ``hidden, mask, starts``."""
+    hidden, mask, starts = given
+    assert hidden is not None
+    return following(past, hidden, mask, starts)
 
 
 def zscore(x: Tensor) -> Tensor:

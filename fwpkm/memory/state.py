@@ -17,11 +17,12 @@ from fwpkm.memory.appendable import Appendable, is_transformed, normal, surely
 from fwpkm.memory.changes import Changes
 from fwpkm.memory.config import MemoryConfig
 from fwpkm.memory.fast_weights import FastWeights
-from fwpkm.memory.formulas import relative_write_scale, residual_dtype, weights_of
+from fwpkm.memory.formulas import relative_write_scale, residual_dtype
 from fwpkm.memory.log_index import can_index
 from fwpkm.memory.packing import rows
+from fwpkm.memory.trail import Trail, require_reach
 from fwpkm.memory.write_log import WriteLog
-from fwpkm.ops import IndexedLog, Log, key_commit, memory_scan, memory_write_
+from fwpkm.ops import IndexedLog, Log, key_commit, memory_write_
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class MemoryState:
         memories: ``M``.
         columns: rows of the batch that share a memory: 1, or ``B`` in the ``shared`` scope.
         keeps_log: never fold the log into dense values, however long it grows.
+        trail: what was read lately, for :meth:`crop`; None if that is not known.
     """
 
     config: MemoryConfig
@@ -67,6 +69,7 @@ class MemoryState:
     memories: int = 1
     columns: int = 1
     keeps_log: bool = False
+    trail: Trail | None = None
 
     @classmethod
     def start(cls, weights: FastWeights, config: MemoryConfig, batch: int) -> MemoryState:
@@ -157,7 +160,8 @@ class MemoryState:
 
         ``slow`` keys are parameters that no call has computed: gradients of what goes on from here reach them.
         """
-        cut = self.map(Tensor.detach)
+        trail = self.trail and self.trail.map(MemoryState.detach, Tensor.detach)
+        cut = dataclasses.replace(dataclasses.replace(self, trail=None).map(Tensor.detach), trail=trail)
         if self.config.key_update != "slow":
             return cut
         return dataclasses.replace(cut, base=FastWeights(self.base.keys, cut.base.values))._with_slow_keys()
@@ -187,6 +191,7 @@ class MemoryState:
             origin=self.position,
             commits=self.commits + _at_most_one(self.open_tokens),
             committed=self.filled,
+            trail=self.trail and self.trail.flush(),
         )
 
     def fold(self) -> FastWeights:
@@ -264,46 +269,23 @@ class MemoryState:
             commits=of(self.commits),
             committed=of(self.committed),
             memories=index.numel(),
+            trail=self.trail and self.trail.map(lambda state: state.select(index), lambda x: x[index]),
         )
 
     def crop(self, tokens: int) -> MemoryState:
-        """The state without its last ``tokens`` tokens (columns), which have to be of the open chunk.
+        """The state without its last ``tokens`` tokens (columns of the calls, masked ones included).
+
+        It is the state before them, whatever they have committed; a flush before the first of them stays.
 
         Raises:
-            ValueError: if they are not: what a chunk has committed is not taken back.
+            ValueError: for more than the last 128 tokens, or than were read with this state since it began or was
+                loaded, outside training and compiled graphs.
         """
-        open_tokens = self.open_tokens
-        least = int(open_tokens.min()) if isinstance(open_tokens, Tensor) else open_tokens
-        require(0 <= tokens <= least, "tokens", tokens, "at most the {} tokens of the open chunk", least)
-        if tokens == 0 or self.log is None or self.open is None:
+        require_reach(tokens, 0 if self.trail is None else self.trail.reach)
+        if tokens == 0 or self.trail is None:
             return self
-        dropped = tokens * self.columns
-        if self.ragged:
-            window = [pad(x[:, :-dropped], (0, 0) * (x.dim() - 2) + (dropped, 0)) for x in self.open.columns()]
-            left: Appendable | None = Appendable.of(window)
-        else:
-            left = self.open.drop(dropped) if tokens < least else None
-        kept = dataclasses.replace(
-            self,
-            position=self.position - tokens,
-            log=dataclasses.replace(self.log, records=self.log.records.drop(dropped)),
-            open=left,
-        )
-        return dataclasses.replace(kept, waiting=kept._read_again() if left else None)
-
-    def _read_again(self) -> Tensor:
-        """:attr:`waiting`, from the log: what the open chunk's last tokens read."""
-        assert self.log is not None
-        lookahead = self.config.lookahead * self.columns
-        is_open = self.filled - self.committed
-        width = lookahead if isinstance(is_open, Tensor) else min(lookahead, is_open)
-        slots, coefficients = self.last_records(width)[:2]
-        shape = (self.memories, 1, width)
-        slots = slots.clamp_min(0)
-        zeros = self.values.new_zeros(1).expand(*shape, self.values.shape[1])
-        weights = weights_of(coefficients, self.config)
-        inputs = (self.own_slots(slots).unsqueeze(1), weights.unsqueeze(1), weights.unsqueeze(1))
-        return memory_scan(self.values, *inputs, zeros, zeros[..., 0], self.indexed().committed_log()).squeeze(1)
+        state, trail = self.trail.back(tokens)
+        return dataclasses.replace(state, trail=trail if trail.steps else None)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file: whole, or not at all. The base values are not in it."""
@@ -353,6 +335,7 @@ class MemoryState:
             log=None if self.log is None else self.log.map(change),
             open=None if self.open is None else self.open.map(change),
             waiting=waiting,
+            trail=self.trail and self.trail.map(lambda state: state.map(change), change),
             **{name: change(count) for name, count in counts.items() if isinstance(count, Tensor)},  # type: ignore[arg-type]
         )
 

@@ -12,9 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import DynamicCache
 
 from fwpkm.checks import require
+from fwpkm.layers.delta_net import DeltaLayer
 from fwpkm.layers.fwpkm import LayerState
 from fwpkm.layers.mixers import FLASH_LINEAR
+from fwpkm.layers.window import WindowLayer
 from fwpkm.memory import MemoryState
+from fwpkm.memory.trail import require_reach
 from fwpkm.models.configuration import FwPKMConfig
 
 
@@ -32,10 +35,15 @@ class FwPKMCache(DynamicCache):
             known = not kind.startswith(FLASH_LINEAR)
             require(known, "use_cache", True, "False with layer type {!r}, which keeps no state of ours", kind)
         super().__init__(config=config)
+        for i, kind in enumerate(config.layer_types or ()):
+            if kind == "sliding_attention":
+                assert config.sliding_window is not None
+                self.layers[i] = WindowLayer(config.sliding_window)
+            elif kind == "linear_attention":
+                self.layers[i] = DeltaLayer()
         self.memories: dict[int, LayerState] = {}
         self.tokens = 0
         self.padded = False
-        self._reach = max(config.fwpkm_query_conv - 1, 0)
 
     @classmethod
     def remembering(cls, config: FwPKMConfig, memories: Mapping[int, MemoryState]) -> FwPKMCache:
@@ -74,16 +82,28 @@ class FwPKMCache(DynamicCache):
             self._select(torch.arange(rows).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
+    def will_read(self, length: int, mask: Tensor | None) -> None:
+        """Say which tokens the next call reads: ``length`` a row, and ``mask [B, S]`` of them and all before is true
+        at real ones (None: all are). Windows keep what they will need.
+        """
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.will_read(length, mask)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens (transformers gives a negative number).
+        """Take back the last ``-tokens_to_remove`` tokens (transformers gives a negative number), at any place.
 
         Raises:
-            ValueError: if a memory has committed one of them, or they came in a call with a mask. Nothing is cropped.
+            ValueError: for more than the last 128 tokens, or than were read with this cache, outside training and
+                compiled graphs. Nothing is cropped.
         """
         require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0, or minus the tokens to take back")
-        cropped = {i: state.crop(-tokens_to_remove, self._reach) for i, state in self.memories.items()}
+        tokens = -tokens_to_remove
+        reaches = [layer.reach for layer in self.layers if isinstance(layer, WindowLayer | DeltaLayer)]
+        require_reach(tokens, min([self.tokens, *reaches]))
+        cropped = {i: state.crop(tokens) for i, state in self.memories.items()}
         super().crop(tokens_to_remove)
-        self.memories, self.tokens = cropped, self.tokens + tokens_to_remove
+        self.memories, self.tokens = cropped, self.tokens - tokens
 
     def detach(self) -> FwPKMCache:
         """Cut everything it holds from the graph that computed it, for truncated backpropagation; returns itself."""
@@ -105,7 +125,7 @@ class FwPKMCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.memories, self.tokens = {}, 0
+        self.memories, self.tokens, self.padded = {}, 0, False
 
     def _select(self, indices: Tensor) -> None:
         self.memories = {i: state.select(indices) for i, state in self.memories.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from fwpkm.checks import require
 from fwpkm.layers.host import CACHE, one_cache
+from fwpkm.memory.trail import REACH
 from fwpkm.models.cache import FwPKMCache
 
 
@@ -68,3 +69,43 @@ class FwPKMGenerationMixin(GenerationMixin):
                 model_kwargs[CACHE].activate_past_recording()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        assistant_model: PreTrainedModel | None = None,
+        model_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        early = generation_config.assistant_early_exit
+        require(early is None, "assistant_early_exit", early, "None: another model, or prompt_lookup_num_tokens")
+        drafts = generation_config.prompt_lookup_num_tokens
+        name = "prompt_lookup_num_tokens"
+        if assistant_model is not None:
+            drafts, name = assistant_model.generation_config.num_assistant_tokens, "num_assistant_tokens"
+        require((drafts or 0) <= REACH, name, drafts, "at most {}, which can be taken back", REACH)
+        commits = model_kwargs.get("commit_after_prompt", False)
+        others = {key: x for key, x in model_kwargs.items() if key != "commit_after_prompt"}  # an assistant has its own
+        generator = super()._get_candidate_generator(
+            generation_config, *args, assistant_model=assistant_model, model_kwargs=others, **kwargs
+        )
+        if commits:  # what is committed with the prompt are no drafts
+            draft = generator.get_candidates
+
+            def none_yet(input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+                draft(input_ids, **kwargs)  # which counts what it has read
+                del generator.get_candidates
+                return input_ids, None
+
+            generator.get_candidates = none_yet
+        return generator
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, and with it all of transformers' continuous batching."""
+        raise NotImplementedError(
+            "continuous batching needs every state in transformers' pages, and memories have none there:"
+            " use generate(), or serve the model with vLLM (docs/serving.md)"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,11 @@ from fwpkm.ops import keep_addresses
 logger = logging.get_logger(__name__)
 
 _PIECE = 4096  # tokens read at once
+ATTENTION_REFUSED = {
+    "paged|": "memories are in no pages of continuous batching",
+    "flex_attention": "masks of windows and packed rows are not tried with it",
+    "flash_attention": "it has no masks with holes, which memories take",
+}
 
 
 @dataclass
@@ -98,6 +104,12 @@ class FwPKMPreTrainedModel(PreTrainedModel):
         """The attention implementation: torch's, by windows where there are some, unless another is asked for."""
         asked = WINDOWED if requested_attention is None else requested_attention
         return super().get_correct_attn_implementation(asked, is_init_check)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        for kind, reason in ATTENTION_REFUSED.items():
+            refused = (attn_implementation or "").startswith(kind)
+            require(not refused, "attn_implementation", attn_implementation, "eager, sdpa or windowed_sdpa: {}", reason)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -211,6 +223,8 @@ class FwPKMModel(FwPKMPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         placement = place(hidden, past, attention_mask, position_ids, cached=cache is not None)
         layer_types = self.config.layer_types or []
+        if cache is not None:
+            cache.will_read(hidden.shape[1], placement.attention_mask)
         masks = attention_masks(self.config, hidden, cache, placement)
         position_embeddings = self.rotary_emb(hidden, placement.positions)
         results, weights, passed = [], [], [hidden]

@@ -13,10 +13,7 @@ from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.layers.host import CACHE
 from fwpkm.models.configuration import FwPKMConfig
 
-ATTENTION_MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
+ATTENTION = ("full_attention", "sliding_attention")
 
 
 class Placement(NamedTuple):
@@ -89,15 +86,33 @@ def attention_masks(config: FwPKMConfig, hidden: Tensor, cache: Any, placement: 
         return {kind: None if mask is None else mask.to(hidden.device) for kind, mask in masks.items()}
     layer_types = config.layer_types or []
     return {
-        kind: make(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=placement.attention_mask,
-            **{CACHE: cache},
-            # Looked at only for where sequences begin: a compiled graph, which cannot look, would always get a mask.
-            position_ids=None if placement.starts is None else placement.positions,
-            layer_idx=layer_types.index(kind),  # whose cache the size is taken from
-        )
-        for kind, make in ATTENTION_MASKS.items()
+        kind: _attention_mask(config, kind, hidden, cache, placement, layer_types.index(kind))
+        for kind in ATTENTION
         if kind in layer_types
     }
+
+
+def _attention_mask(
+    config: FwPKMConfig, kind: str, hidden: Tensor, cache: Any, placement: Placement, layer: int
+) -> Tensor | None:
+    """The mask of the attentions like that of ``layer``, whose cache its size is taken from."""
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": hidden,
+        "attention_mask": placement.attention_mask,
+        CACHE: cache,
+        # Looked at only for where sequences begin: a compiled graph, which cannot look, would always get a mask.
+        "position_ids": None if placement.starts is None else placement.positions,
+        "layer_idx": layer,
+    }
+    if kind == "full_attention":
+        return create_causal_mask(**arguments)
+    if placement.attention_mask is None:
+        return create_sliding_window_causal_mask(**arguments)
+    read, window = placement.attention_mask.cumsum(1), config.sliding_window  # it counts real tokens, wherever they are
+    assert window is not None
+
+    def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return read[batch, query] - read[batch, key] < window
+
+    return create_causal_mask(**arguments, and_mask_function=within)

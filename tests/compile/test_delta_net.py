@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
+from fwpkm.layers.delta_net import DeltaLayer
 from tests.test_mixers import make_delta_net
 from tests.test_models import make_model
 
@@ -64,7 +65,7 @@ def test_pieces_of_any_length_with_a_cache():
     torch._dynamo.utils.counters.clear()
     layer, hidden = make_delta_net(1), torch.randn(2, 300, 16)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    want, cache, pieces = layer(hidden), Cache(layers=[LinearAttentionLayer()]), []
+    want, cache, pieces = layer(hidden), Cache(layers=[DeltaLayer()]), []
     lengths = [70, 80, 5, 65, 33, 47]
     counts = []
     for piece in hidden.split(lengths, dim=1):

@@ -1104,16 +1104,6 @@ FAULTS = [
                 "waiting=self.waiting",
                 f"{STATE}::test_select",
             ),
-            "cropped-records-stay": (
-                "records=self.log.records.drop(dropped))",
-                "records=self.log.records)",
-                f"{STATE}::test_crop",
-            ),
-            "what-waits-is-cropped-too": (
-                "waiting=kept._read_again() if left else None",
-                "waiting=self.waiting if left else None",
-                f"{STATE}::test_crop",
-            ),
             "the-open-chunks-first-record-lost": (
                 "is_open = index >= self.per_memory(self.committed)",
                 "is_open = index > self.per_memory(self.committed)",
