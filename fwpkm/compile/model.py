@@ -11,12 +11,16 @@ from fwpkm.compile.step import Step, sizes_as_if_unknown
 from fwpkm.models import FwPKMForCausalLM
 
 MODES = ("default", "reduce-overhead", "max-autotune")
+# Batches of one row, texts of one token, shorter than a chunk, of whole chunks and with an open one, with gradients
+# and without: each combination is a graph, of which torch allows 8 for a function.
+GRAPHS = 64
 
 
 def compile_model(model: nn.Module, mode: str = "default", dynamic: bool | None = None) -> Any:
     """``model`` compiled by ``torch.compile`` as a single graph, for training and inference.
 
-    It compiles once for a shape, once more for lengths and batches that vary, and not again.
+    It compiles once for a shape, and once more for each kind of shapes that differs in what there is to do. torch's
+    limit of graphs for a function is raised to 64, for the whole process.
 
     Args:
         model: a :class:`fwpkm.models.FwPKMForCausalLM`, or a module around the layers.
@@ -33,6 +37,7 @@ def compile_model(model: nn.Module, mode: str = "default", dynamic: bool | None 
     require_choice("mode", mode, MODES)
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     require(mode == "default" or device.type == "cuda", "mode", mode, "'default' for a model on {}", device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(model, fullgraph=True, dynamic=dynamic, mode=None if mode == "default" else mode)
 
 

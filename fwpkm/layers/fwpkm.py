@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fwpkm.checks import require, require_dtype, require_shape
 from fwpkm.functional import MemoryResult, fast_weight_memory
 from fwpkm.layers.convolution import CausalConvolution
+from fwpkm.layers.repetition import Repetitions, SharedStart, before_commit
 from fwpkm.layers.weights import MemoryWeights, at_least_float32
 from fwpkm.memory import FastWeights, MemoryConfig, MemoryState
 from fwpkm.memory.appendable import is_batched, normal
@@ -120,12 +121,17 @@ class FwPKM(MemoryWeights):
         self.gate_conv = CausalConvolution(hidden_size, query_conv) if query_conv else None
 
         self.pending: Changes | None = None
+        self.repetitions = Repetitions()
         self.discard()
+
+    def begin(self) -> SharedStart | None:
+        """What a training forward on new sequences starts from in the ``shared`` scope; None otherwise."""
+        return SharedStart(self) if self.training and self.config.scope == "shared" else None
 
     def forward(
         self,
         hidden: Tensor,
-        state: LayerState | None = None,
+        state: LayerState | SharedStart | None = None,
         mask: Tensor | None = None,
         starts: Tensor | None = None,
         persist: bool = True,
@@ -134,7 +140,8 @@ class FwPKM(MemoryWeights):
 
         Args:
             hidden: ``[B, T, D]``.
-            state: where an earlier call stopped, or None at the start of the sequences.
+            state: where an earlier call stopped, or None at the start of the sequences; or what :meth:`begin` gave, to
+                which the caller leaves what this call has stored (:meth:`SharedStart.leave`).
             mask: ``[B, T]`` bool; a sequence is its unmasked tokens. None if all are.
             starts: ``[B, T]`` bool, true at (unmasked) tokens that begin another sequence within a row, or None.
             persist: whether training in the ``shared`` scope leaves what new sequences store ``pending``; if not, their
@@ -153,17 +160,21 @@ class FwPKM(MemoryWeights):
             if flags is not None:
                 require_shape(name, flags, hidden.shape[:2])
                 require_dtype(name, flags, torch.bool)
-        query_input, gate_input, inputs, trail = self._inputs(hidden, state, mask, starts)
+        past = state if isinstance(state, LayerState) else None
+        own = self.begin() if persist and state is None else None
+        begun = state if isinstance(state, SharedStart) else own
+        query_input, gate_input, inputs, trail = self._inputs(hidden, past, mask, starts)
         query = rearrange(self.query(query_input), "b t (h d) -> b t h d", h=self.heads)
         target = zscore(self.value(self.value_norm(hidden)))
         gate = at_least_float32(self.gate(gate_input).squeeze(-1)).sigmoid()
-        start: FastWeights | MemoryState = FastWeights(self.keys, self.values) if state is None else state.memory
+        start: FastWeights | MemoryState = FastWeights(self.keys, self.values)
         config = self.config
-        if isinstance(start, MemoryState):
-            config = start.config
+        if past is not None:
+            start, config = past.memory, past.memory.config
+        elif begun is not None:
+            start = begun.weights()
         elif not self.training:
             config = dataclasses.replace(config, scope="sequence")
-        persists = persist and config.scope == "shared" and state is None
         result = fast_weight_memory(
             query,
             target,
@@ -172,13 +183,14 @@ class FwPKM(MemoryWeights):
             config,
             mask=mask,
             reset=starts if config.scope == "sequence" else None,
-            commit_partial=persists,
+            commit_partial=begun is not None,
             training=self.training,
         )
-        if persists:
+        if begun is not None:
             where = "hidden or the layer's tensors"
             require(not is_batched(result.output), where, "batched by vmap", "plain tensors in the 'shared' scope")
-            self.pending = result.state.changes()
+        if own is not None:
+            own.leave(result.state)
         weight = gate.unsqueeze(-1)
         mixed = weight * result.output + (1 - weight) * target
         hidden = hidden + self.output(self.output_norm(mixed.to(hidden.dtype)))
@@ -187,6 +199,7 @@ class FwPKM(MemoryWeights):
     def commit(self) -> None:
         """Write what the last training forward stored in the ``shared`` memory into ``keys`` and ``values``."""
         if self.pending is not None:
+            before_commit(self, self.pending)
             self.pending.apply_(FastWeights(self.keys.detach(), self.values.detach()))
         self.discard()
 

@@ -39,11 +39,11 @@ class Changes(NamedTuple):
         Raises:
             ValueError: if ``weights`` are on the meta device and there are changes.
         """
-        if any(x.is_meta for x in self._tensors()):
+        if any(x.is_meta for x in self.tensors()):
             return
         target = weights.values
         if target.is_meta:
-            stored = sum(x.shape[0] for x in self._tensors())
+            stored = sum(x.shape[0] for x in self.tensors())
             require(stored == 0, "weights.values.device", "meta", "a device that holds what a memory stores")
             return
         if self.values is not None:
@@ -54,5 +54,6 @@ class Changes(NamedTuple):
         if self.keys is not None:
             weights.all_keys.copy_(self.keys)
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
         return [x for x in (*(self.writes or ()), self.keys, self.values) if x is not None]

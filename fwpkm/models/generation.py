@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
@@ -15,6 +16,15 @@ from fwpkm.models.cache import FwPKMCache
 
 class FwPKMGenerationMixin(GenerationMixin):
     """transformers' generation, with a cache that holds the memories, too."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any of transformers' models, and without compilation, also where the forward is compiled.
+
+        The states of memories and attention grow with every token, and a graph would be made for each of their sizes;
+        what decodes in two graphs is :func:`fwpkm.compile.compile_step`.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -19,12 +19,13 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from fwpkm.checks import require, require_dtype, require_shape
-from fwpkm.layers.block import DecoderBlock
+from fwpkm.layers.block import BlockResult, DecoderBlock
 from fwpkm.layers.convolution import CausalConvolution
 from fwpkm.layers.delta_net import GatedDeltaNet
 from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.host import CACHE, one_cache
 from fwpkm.layers.mixers import WINDOWED
+from fwpkm.layers.repetition import is_repeated
 from fwpkm.layers.weights import MemoryWeights
 from fwpkm.models.cache import FwPKMCache
 from fwpkm.models.configuration import FwPKMConfig
@@ -199,7 +200,7 @@ class FwPKMModel(FwPKMPreTrainedModel):
         Raises:
             ValueError: for a wrong shape or dtype, or both or neither of ``input_ids`` and ``inputs_embeds``.
         """
-        if self.training and not _repeated():
+        if self.training and not is_repeated():
             self.commit()
         given = [name for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)) if x is not None]
         require(len(given) == 1, "input_ids, inputs_embeds", given or "neither given", "exactly one of them")
@@ -227,24 +228,38 @@ class FwPKMModel(FwPKMPreTrainedModel):
             cache.will_read(hidden.shape[1], placement.attention_mask)
         masks = attention_masks(self.config, hidden, cache, placement)
         position_embeddings = self.rotary_emb(hidden, placement.positions)
-        results, weights, passed = [], [], [hidden]
-        for i, block in enumerate(self.layers):
-            hidden, memory, weight = block(
-                hidden,
-                memory_state=None if cache is None else cache.memories.get(i),
-                mask=placement.mask,
-                starts=placement.starts,
-                cache=cache,
-                position_embeddings=position_embeddings,
-                attention_mask=masks.get(layer_types[i]),
+        weights, passed = [], [hidden]
+        gates: list[Any] = []
+        slots: list[Tensor] = []
+        losses: list[Any] = []
+        begins = self.training and self.config.fwpkm_scope == "shared" and cache is None
+        blocks: list[Any] = list(self.layers)
+        begun = [x.memory.begin() if begins and x.memory is not None else None for x in blocks]
+        for i, (block, start) in enumerate(zip(blocks, begun, strict=True)):
+            # A reentrant checkpoint makes a tuple of what it returns.
+            result = BlockResult(
+                *block(
+                    hidden,
+                    memory_state=start if cache is None else cache.memories.get(i),
+                    mask=placement.mask,
+                    starts=placement.starts,
+                    cache=cache,
+                    position_embeddings=position_embeddings,
+                    attention_mask=masks.get(layer_types[i]),
+                )
             )
-            if weight is not None:
-                weights.append(weight)
+            hidden = result.hidden
+            if result.attention is not None:
+                weights.append(result.attention)
             passed.append(hidden)
-            if memory is not None:
-                results.append(memory)
+            if result.memory is not None:
+                gates.append(result.gate)
+                slots.append(result.memory.memory.slots)
+                losses.append(result.addressing_loss)
+                if start is not None:
+                    start.leave(result.memory.state.memory)
                 if cache is not None:
-                    cache.memories[i] = memory.state
+                    cache.memories[i] = result.memory.state
         if cache is not None:
             cache.tokens += hidden.shape[1]
             cache.padded |= placement.attention_mask is not None
@@ -257,10 +272,9 @@ class FwPKMModel(FwPKMPreTrainedModel):
             hidden_states=(*passed[:-1], hidden) if output_hidden_states else None,
             attentions=(tuple(weights) or None) if output_attentions else None,
         )
-        if output_memories and results:
-            gates = tuple(r.gate for r in results)
-            output.gates, output.slots = gates, tuple(r.memory.slots for r in results)
-            output.addressing_loss = torch.stack([r.memory.addressing_loss for r in results]).mean()
+        if output_memories and gates:
+            output.gates, output.slots = tuple(gates), tuple(slots)
+            output.addressing_loss = torch.stack(losses).mean()
             output.mean_gate = _mean(torch.stack(gates), placement.mask)
         return output
 
@@ -379,11 +393,6 @@ class FwPKMForTokenClassification(GenericForTokenClassification, FwPKMPreTrained
 
 class FwPKMForQuestionAnswering(GenericForQuestionAnswering, FwPKMPreTrainedModel):
     """:class:`FwPKMModel` and a head that says where in a text an answer begins and ends."""
-
-
-def _repeated() -> bool:
-    """Whether an activation checkpoint runs this forward once more, in a backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mean(gates: Tensor, mask: Tensor | None) -> Tensor:

@@ -303,8 +303,9 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> Any:
-    *grads, of_state = _backward_operator(grad, grad_state, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[-1] is None else of_state
+    saved = ctx.saved_tensors  # asked for once: a checkpoint computes them for one asking
+    *grads, of_state = _backward_operator(grad, grad_state, *saved)
+    return *grads, None if saved[-1] is None else of_state
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
