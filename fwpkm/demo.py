@@ -30,6 +30,7 @@ from fwpkm.report.plots import draw_heat_map, draw_recall_curve, draw_training_c
 from fwpkm.training.needles import NeedleTraining, train
 
 CONTEXT = 120  # bytes of text shown around a needle
+HEAD = 32  # the smallest size of an attention head that vLLM serves
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class DemoSettings:
             hidden_size=width,
             intermediate_size=8 * width // 3,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            head_dim=width // 4,
+            num_attention_heads=max(1, width // HEAD),
+            head_dim=HEAD,
             layer_types=["sliding_attention"] * 2,
             sliding_window=64,
             fwpkm_layers=[0] if memory else [],

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fwpkm.data.byte_tokenizer import END, VOCABULARY, has_tokenizer, is_byte_tokenizer
+
 TokenArray = NDArray[np.unsignedinteger]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose last bytes are still to come
 
@@ -18,7 +20,7 @@ class Codec:
     """Text to tokens and back: its bytes, or the tokens of a Hugging Face tokenizer.
 
     Args:
-        tokenizer: None for bytes.
+        tokenizer: None for bytes, which need none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -32,23 +34,24 @@ class Codec:
             ValueError: if there is none.
         """
         try:
-            return cls(AutoTokenizer.from_pretrained(name))
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer is {str(name)!r}; expected one that loads ({error})") from error
+        return cls(None if is_byte_tokenizer(tokenizer) else tokenizer)
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> Codec:
         """The tokenizer that was saved with a model, or bytes."""
-        return cls.load(folder) if (folder / "tokenizer_config.json").exists() else cls()
+        return cls.load(folder) if has_tokenizer(folder) else cls()
 
     def save(self, folder: Path) -> None:
-        """Write what :meth:`of_checkpoint` reads."""
+        """Write what :meth:`of_checkpoint` reads; of bytes a model's own ``save_pretrained`` has written it."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     @property
     def vocab_size(self) -> int:
-        return 256 if self.tokenizer is None else len(self.tokenizer)
+        return VOCABULARY if self.tokenizer is None else len(self.tokenizer)
 
     @property
     def end(self) -> int | None:
@@ -91,7 +94,9 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token: int) -> str:
-        return self._utf8.decode(bytes([min(token, 255)]))  # 255 is no UTF-8, like what a larger vocabulary may give
+        if token == END:
+            return self.finish()
+        return self._utf8.decode(bytes([min(token, END)]))  # what a larger vocabulary may give is no UTF-8 either
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from fwpkm.checks import require, require_choice
+from fwpkm.data.byte_tokenizer import END, VOCABULARY
 from fwpkm.layers.mixers import FLASH_LINEAR
 from fwpkm.memory import MemoryConfig
+from fwpkm.models.checkpoint_files import AUTO_MAP, write_beside
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 POSITIVE = (
@@ -34,7 +37,8 @@ class FwPKMConfig(PreTrainedConfig):
     of ``transformers.Qwen3NextConfig``.
 
     Args:
-        vocab_size: tokens; 256 suits bytes.
+        vocab_size: tokens; 256 are bytes.
+        eos_token_id: what ends a text; for bytes 255 unless given, which no UTF-8 has.
         layer_types: ``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` (a gated delta net) or
             ``"fla:<layer>"``, a layer of flash-linear-attention, for each block; all full by default.
         sliding_window: tokens that a sliding-window block sees, the current one included.
@@ -114,6 +118,8 @@ class FwPKMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.eos_token_id is None and self.vocab_size == VOCABULARY:
+            self.eos_token_id = END
         self.fwpkm_layers = self.fwpkm_layers or []
         self.pkm_layers = self.pkm_layers or []
         blocks = self.num_hidden_layers
@@ -144,6 +150,16 @@ class FwPKMConfig(PreTrainedConfig):
         require(enough, "pkm_topk", self.pkm_topk, "at most pkm_n_subkeys ({})", self.pkm_n_subkeys)
         self.memory_config()  # refuses what a memory cannot do
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, as every model's is; a tokenizer of bytes and the way to this package come with it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_beside(Path(save_directory), self.vocab_size)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: a checkpoint names this package and holds no copy of its code."""
 
     def validate_layer_type(self) -> None:
         """Nothing that is not checked already: transformers' own knows none but its own layer types."""

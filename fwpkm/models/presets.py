@@ -10,7 +10,6 @@ from fwpkm.checks import require, require_choice
 from fwpkm.models.configuration import FwPKMConfig
 
 _COMMON = {
-    "num_attention_heads": 4,
     "sliding_window": 64,
     "fwpkm_chunk_size": 128,
     "fwpkm_query_conv": 16,
@@ -23,7 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
-        "head_dim": 24,
+        "num_attention_heads": 3,
+        "head_dim": 32,
         "layer_types": ["sliding_attention"] * 2,
         "fwpkm_layers": [0],
         "fwpkm_n_subkeys": 64,
@@ -35,7 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 192,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
-        "head_dim": 48,
+        "num_attention_heads": 6,
+        "head_dim": 32,
         "layer_types": ["sliding_attention"] * 4,
         "fwpkm_layers": [1],
         "fwpkm_n_subkeys": 128,

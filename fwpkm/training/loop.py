@@ -187,8 +187,8 @@ class _Training:
         optimizer = processes.whole_optimizer(self.model, self.optimizer, main)
 
         def write(unfinished: Path) -> None:
-            self.model.save_pretrained(unfinished, state_dict=weights)
             codec.save(unfinished)
+            self.model.save_pretrained(unfinished, state_dict=weights)
 
         if main:
             checkpoint.save(folder, state, write, optimizer, self.settings.keep)

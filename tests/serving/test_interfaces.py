@@ -13,11 +13,6 @@ from pathlib import Path
 
 import pytest
 from fwpkm_vllm import TESTED, is_tested
-from fwpkm_vllm.tokenizer import byte_tokenizer, main
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fwpkm.models import FwPKMConfig
 
 ROOT = Path(__file__).parents[2]
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed: pip install fwpkm[vllm]")
@@ -68,21 +63,6 @@ def test_the_package_works_without_vllm():
 import sys
 sys.path[:0] = [".", "integrations/vllm"]
 sys.modules["vllm"] = None  # importing it fails
-import fwpkm, fwpkm_vllm, fwpkm_vllm.folded, fwpkm_vllm.records, fwpkm_vllm.step, fwpkm_vllm.tokenizer
+import fwpkm, fwpkm_vllm, fwpkm_vllm.folded, fwpkm_vllm.records, fwpkm_vllm.step
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
-
-
-TOKENIZER = byte_tokenizer()
-
-
-@given(st.text())
-def test_tokens_are_bytes(text):
-    assert TOKENIZER(text)["input_ids"] == list(text.encode())
-    assert TOKENIZER.decode(list(text.encode())) == text
-
-
-def test_a_byte_tokenizer_is_for_models_on_bytes(tmp_path):
-    FwPKMConfig(vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vocab_size is 300; expected 256"):
-        main(str(tmp_path))

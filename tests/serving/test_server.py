@@ -90,8 +90,6 @@ class Service(NamedTuple):
 
 
 def make(folder: Path) -> FwPKMForCausalLM:
-    from fwpkm_vllm.tokenizer import main
-
     torch.manual_seed(0)
     model = FwPKMForCausalLM(FwPKMConfig(**MODEL)).eval()
     with torch.no_grad():
@@ -99,7 +97,6 @@ def make(folder: Path) -> FwPKMForCausalLM:
             if x.dim() == 2 and "memory" not in name:
                 x *= 4
     model.save_pretrained(folder)
-    main(str(folder))
     return model
 
 
