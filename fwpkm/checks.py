@@ -1,5 +1,6 @@
 """Argument checks: every complaint names the argument, its value and what is expected."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,20 @@ def require(condition: bool, argument: str, value: object, expected: str, *detai
     """
     if not condition:
         raise ValueError(f"{argument} is {value}; expected {expected.format(*details)}")
+
+
+def require_integer(argument: str, value: object, low: int) -> None:
+    """Check that a value is a whole number, which a flag is not, of at least ``low`` and of at most 64 bits."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and low <= value < 1 << 63, argument, repr(value), "an integer >= {}", low)  # type: ignore[operator]
+
+
+def require_number(argument: str, value: object, low: float = -math.inf, *, open: bool = False) -> None:
+    """Check that a value is a finite number, which a flag is not, of at least ``low``, or above it if that is open."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = number and (value > low if open else value >= low)  # type: ignore[operator]
+    bound = f" {'>' if open else '>='} {low}" if math.isfinite(low) else ""
+    require(number, argument, repr(value), "a number{}, and finite", bound)
 
 
 def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
@@ -60,3 +75,9 @@ def require_no_nan(argument: str, tensor: Tensor) -> None:
     """Refuse NaN, on the CPU; never called where it would wait for a GPU."""
     if not torch.isfinite(tensor.sum()) and bool(tensor.isnan().any()):
         raise ValueError(f"{argument} holds NaN; expected numbers")
+
+
+def require_finite(argument: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinities, where a checkpoint is loaded; never called where it would wait for a GPU."""
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{argument} holds NaN or infinities; expected finite numbers")

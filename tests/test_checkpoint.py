@@ -66,7 +66,7 @@ def whole(tmp_path_factory, options):
 def assert_same(out, whole):
     """The same metrics and, to the bit, the same model and optimizer; nothing is left over."""
     assert records(out) == records(whole)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer.tensors"):
         assert (out / LAST / name).read_bytes() == (whole / LAST / name).read_bytes()
     names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (out, whole)]
     assert names[0] == names[1]
@@ -159,13 +159,13 @@ def test_a_checkpoint_is_a_model_of_transformers_and_holds_no_pickle(tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
-        "optimizer.safetensors",
+        "optimizer.tensors",
         "training.json",
     ]
     loaded = AutoModelForCausalLM.from_pretrained(outcome.checkpoint)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    optimizer = load_file(outcome.checkpoint / "optimizer.safetensors")
+    optimizer = load_file(outcome.checkpoint / "optimizer.tensors")
     names = {name for name, _ in model.named_parameters()}
     assert optimizer.keys() == {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
     assert {float(t) for name, t in optimizer.items() if name.endswith(".step")} == {5.0}
@@ -192,7 +192,7 @@ def test_tied_weights_are_saved_once_and_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "training.json"]
+    "name", ["config.json", "generation_config.json", "model.safetensors", "optimizer.tensors", "training.json"]
 )
 def test_a_damaged_file_is_named(tmp_path, name):
     """Cut short, one bit changed, or missing; without the last checkpoint the training goes on from the one before."""
@@ -272,7 +272,7 @@ def test_what_the_writer_of_tensors_reports_is_an_error_of_the_file(tmp_path):
     """Its own exception is none of the operating system's."""
     state = checkpoint.TrainingState(1, 0.0, {}, {})
     with pytest.raises(OSError, match=r"cannot write .*step-00000001: "):
-        checkpoint.save(tmp_path, state, lambda folder: (folder / "optimizer.safetensors").mkdir(), {}, keep=1)
+        checkpoint.save(tmp_path, state, lambda folder: (folder / "optimizer.tensors").mkdir(), {}, keep=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Configuration, starting points and states: what they refuse, and what they promise beyond the laws."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ CONFIG = MemoryConfig(topk=2, chunk_size=4)
         ("key_update", "never", "'fast' or 'train_only' or 'slow'"),
         ("scope", "token", "'sequence' or 'shared'"),
         ("detach_every", 0, "None or an integer >= 1"),
+        ("topk", True, "an integer >= 1"),
+        ("chunk_size", "8", "an integer >= 1"),
+        ("learning_rate", math.inf, "a number >= 0, and finite"),
+        ("learning_rate", "1", "a number >= 0, and finite"),
+        ("addressing_weight", math.nan, "a number >= 0, and finite"),
+        ("score_eps", math.inf, "a number > 0, and finite"),
+        ("temperature", True, "a number > 0, and finite"),
+        ("detach_every", 2.0, "None or an integer >= 1"),
         ("log_dtype", "float16", "'float32' or 'bfloat16'"),
     ],
 )

@@ -1,5 +1,7 @@
 """The language model in transformers' form: saving, losses, graphs, what it refuses."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -233,14 +235,34 @@ def test_logits_to_keep_and_use_cache():
         ({"fwpkm_write_scale": "large"}, "write_scale is 'large'; expected 'reference' or 'paper' or 'exact'"),
         ({"fwpkm_chunk_size": 0}, "chunk_size is 0; expected an integer >= 1"),
         ({"pkm_layers": [-1]}, r"pkm_layers is -1; expected a block in \[0, 2\)"),
-        ({"pkm_heads": 0}, "pkm_heads is 0; expected a positive integer"),
+        ({"pkm_heads": 0}, "pkm_heads is 0; expected an integer >= 1"),
         ({"pkm_key_dim": 5}, "pkm_key_dim is 5; expected a positive even number"),
         ({"pkm_topk": 6}, r"pkm_topk is 6; expected at most pkm_n_subkeys \(5\)"),
-        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; expected a positive integer"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; expected an integer >= 1"),
         (
             {"linear_num_key_heads": 3},
             r"linear_num_value_heads is 2; expected a multiple of linear_num_key_heads \(3\)",
         ),
+        ({"fwpkm_topk": "8"}, "fwpkm_topk is '8'; expected an integer >= 1"),
+        ({"fwpkm_score_eps": math.inf}, "fwpkm_score_eps is inf; expected a number > 0, and finite"),
+        ({"hidden_size": "large"}, "hidden_size is 'large'; expected an integer >= 1"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; expected an integer >= 1"),
+        ({"fwpkm_n_subkeys": True}, "fwpkm_n_subkeys is True; expected an integer >= 1"),
+        ({"vocab_size": 1 << 63}, "vocab_size is 9223372036854775808; expected an integer >= 1"),
+        ({"fwpkm_query_conv": -1}, "fwpkm_query_conv is -1; expected an integer >= 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan; expected a number > 0, and finite"),
+        ({"fwpkm_gate_weight": math.nan}, "fwpkm_gate_weight is nan; expected a number >= 0, and finite"),
+        ({"attention_dropout": 2}, "attention_dropout is 2; expected a share, at most 1"),
+        ({"hidden_act": "loud"}, "hidden_act is 'loud'; expected 'gelu' or"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'; expected true or false"),
+        ({"sliding_window": -3}, "sliding_window is -3; expected an integer >= 1"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, r"rope_parameters\['rope_theta'\] is inf; expected a number"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads is 2; expected a multiple of num_key_value_heads \(3\)"),
+        ({"fwpkm_key_dim": 5}, "fwpkm_key_dim is 5; expected a positive even number"),
+        ({"fwpkm_layers": "0"}, "fwpkm_layers is '0'; expected a list"),
+        ({"fwpkm_layers": ["0"]}, r"fwpkm_layers is '0'; expected a block in \[0, 2\)"),
+        ({"fwpkm_layers": [0, 0]}, r"fwpkm_layers is \[0, 0\]; expected each block once"),
+        ({"fwpkm_tpok": 3}, "a field is 'fwpkm_tpok'; expected fields of FwPKMConfig"),
     ],
 )
 def test_bad_configuration(options, message):

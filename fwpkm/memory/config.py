@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fwpkm.checks import require, require_choice
+from fwpkm.checks import require, require_choice, require_integer, require_number
 from fwpkm.ops.product_key_address import SCORES
 
 WRITE_SCALES = ("reference", "paper", "exact")
@@ -57,12 +57,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("topk", 1), ("chunk_size", 1), ("lookahead", 0)):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= low, name, value, "an integer >= {}", low)
+            require_integer(name, getattr(self, name), low)
         for name in ("learning_rate", "addressing_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+            require_number(name, getattr(self, name), 0)
         for name in ("score_eps", "temperature"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+            require_number(name, getattr(self, name), 0, open=True)
         choices = {
             "write_scale": WRITE_SCALES,
             "score": SCORES,
@@ -74,4 +73,5 @@ class MemoryConfig:
         for name, allowed in choices.items():
             require_choice(name, getattr(self, name), allowed)
         every = self.detach_every
-        require(every is None or every >= 1, "detach_every", every, "None or an integer >= 1")
+        whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        require(every is None or whole, "detach_every", repr(every), "None or an integer >= 1")

@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
-from fwpkm.checks import require, require_choice
+from fwpkm.checks import require, require_choice, require_integer, require_number
 from fwpkm.data.byte_tokenizer import END, VOCABULARY
 from fwpkm.layers.mixers import FLASH_LINEAR
 from fwpkm.memory import MemoryConfig
@@ -17,16 +18,31 @@ from fwpkm.models.checkpoint_files import AUTO_MAP, write_beside
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_key_head_dim",
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
+    "fwpkm_n_subkeys",
+    "fwpkm_key_dim",
+    "fwpkm_value_dim",
+    "fwpkm_heads",
     "pkm_n_subkeys",
+    "pkm_key_dim",
     "pkm_value_dim",
     "pkm_heads",
     "pkm_topk",
 )
+NUMBERS = ("initializer_range", "attention_dropout", "fwpkm_gate_weight")
+FLAGS = ("use_cache", "tie_word_embeddings", "attention_bias", "fwpkm_learn_initial_values")
 
 
 @strict
@@ -116,41 +132,86 @@ class FwPKMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        require_integer("num_hidden_layers", self.num_hidden_layers, 1)
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.eos_token_id is None and self.vocab_size == VOCABULARY:
             self.eos_token_id = END
         self.fwpkm_layers = self.fwpkm_layers or []
         self.pkm_layers = self.pkm_layers or []
+        self.check(*kwargs)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def check(self, *others: str) -> None:
+        """Refuse what describes no model, also after fields have been changed.
+
+        Args:
+            others: names of what was given beside the fields; those of this model's kind are misspelled.
+
+        Raises:
+            ValueError: naming the field, its value and what is expected.
+        """
+        fields = {field.name for field in dataclasses.fields(self)}
+        for name in {*vars(self), *others} - fields:
+            require(not name.startswith(("fwpkm_", "pkm_")), "a field", repr(name), "fields of FwPKMConfig")
+        for name in POSITIVE:
+            require_integer(name, getattr(self, name), 1)
+        require_integer("fwpkm_query_conv", self.fwpkm_query_conv, 0)
+        for name in NUMBERS:
+            require_number(name, getattr(self, name), 0)
+        require(self.attention_dropout <= 1, "attention_dropout", self.attention_dropout, "a share, at most 1")
+        require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
+        require_number("rms_norm_eps", self.rms_norm_eps, 0, open=True)
+        for name in FLAGS:
+            require(isinstance(getattr(self, name), bool), name, repr(getattr(self, name)), "true or false")
+        self._check_layers()
+        sliding = "sliding_attention" in (self.layer_types or ())
+        some = self.sliding_window is not None
+        require(some or not sliding, "sliding_window", self.sliding_window, "a number of tokens")
+        if some:
+            require_integer("sliding_window", self.sliding_window, 1)
+        for name, value in (self.rope_parameters or {}).items():
+            if name == "rope_theta" or isinstance(value, float):
+                require_number(f"rope_parameters[{name!r}]", value, 0)
+        for large, small in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            have, divisor = getattr(self, large), getattr(self, small)
+            require(have % divisor == 0, large, have, "a multiple of {} ({})", small, divisor)
+        for name in ("fwpkm_key_dim", "pkm_key_dim"):
+            width = getattr(self, name)
+            require(width % 2 == 0, name, width, "a positive even number, one half a codebook")
+        enough = self.pkm_topk <= self.pkm_n_subkeys
+        require(enough, "pkm_topk", self.pkm_topk, "at most pkm_n_subkeys ({})", self.pkm_n_subkeys)
+        self.memory_config()  # refuses what a memory cannot do
+
+    def _check_layers(self) -> None:
+        """Of each field that says something of blocks or layers."""
         blocks = self.num_hidden_layers
-        require(len(self.layer_types) == blocks, "layer_types", self.layer_types, "one for each of {} blocks", blocks)
-        named = [kind.removeprefix(FLASH_LINEAR) for kind in self.layer_types if kind.startswith(FLASH_LINEAR)]
-        for kind in self.layer_types:
-            if not kind.startswith(FLASH_LINEAR):
+        for name in ("layer_types", "fwpkm_layers", "pkm_layers"):
+            require(isinstance(getattr(self, name), list | tuple), name, repr(getattr(self, name)), "a list")
+        kinds = self.layer_types or []
+        require(len(kinds) == blocks, "layer_types", kinds, "one for each of {} blocks", blocks)
+        named = [str(kind).removeprefix(FLASH_LINEAR) for kind in kinds if str(kind).startswith(FLASH_LINEAR)]
+        for kind in kinds:
+            if not str(kind).startswith(FLASH_LINEAR):
                 require_choice("layer_types", kind, (*LAYER_TYPES, f"{FLASH_LINEAR}<layer>"))
         for name in named:
             require(
                 name.isidentifier(), "layer_types", repr(FLASH_LINEAR + name), "a layer's name after {!r}", FLASH_LINEAR
             )
-        for name in self.fla_options or {}:
+        options = self.fla_options or {}
+        require(isinstance(options, dict), "fla_options", repr(options), "an object with the layers' names")
+        for name in options:
             require(name in named, "fla_options", name, "a layer that layer_types names: {}", named or "none")
-        sliding = "sliding_attention" in self.layer_types
-        require(not sliding or bool(self.sliding_window), "sliding_window", self.sliding_window, "a number of tokens")
         for name in ("fwpkm_layers", "pkm_layers"):
-            for layer in getattr(self, name):
-                require(0 <= layer < blocks, name, layer, "a block in [0, {})", blocks)
-        for name in POSITIVE:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
-        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
-        whole = value_heads % key_heads == 0
-        require(whole, "linear_num_value_heads", value_heads, "a multiple of linear_num_key_heads ({})", key_heads)
-        even = self.pkm_key_dim >= 2 and self.pkm_key_dim % 2 == 0
-        require(even, "pkm_key_dim", self.pkm_key_dim, "a positive even number, one half a codebook")
-        enough = self.pkm_topk <= self.pkm_n_subkeys
-        require(enough, "pkm_topk", self.pkm_topk, "at most pkm_n_subkeys ({})", self.pkm_n_subkeys)
-        self.memory_config()  # refuses what a memory cannot do
-        super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+            layers = getattr(self, name)
+            for layer in layers:
+                whole = isinstance(layer, int) and not isinstance(layer, bool)
+                require(whole and 0 <= layer < blocks, name, repr(layer), "a block in [0, {})", blocks)
+            require(len(set(layers)) == len(layers), name, layers, "each block once")
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """transformers' own, as every model's is; a tokenizer of bytes and the way to this package come with it."""
@@ -166,4 +227,8 @@ class FwPKMConfig(PreTrainedConfig):
 
     def memory_config(self) -> MemoryConfig:
         """The :class:`fwpkm.MemoryConfig` of the memory layers."""
-        return MemoryConfig(**{f.name: getattr(self, f"fwpkm_{f.name}") for f in dataclasses.fields(MemoryConfig)})
+        fields = {field.name: getattr(self, f"fwpkm_{field.name}") for field in dataclasses.fields(MemoryConfig)}
+        try:
+            return MemoryConfig(**fields)
+        except ValueError as error:  # which begins with the name that the field has there
+            raise ValueError(f"fwpkm_{error}") from None

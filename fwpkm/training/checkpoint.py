@@ -1,7 +1,8 @@
 """Checkpoints of a training: each one folder that is whole or absent, of safetensors and JSON.
 
 ``step-00000100/`` holds the model as ``save_pretrained`` writes it (so that ``from_pretrained`` reads the folder), the
-tokenizer if there is one, the optimizer's tensors as ``<parameter>.<name>`` in ``optimizer.safetensors``, and
+tokenizer if there is one, the optimizer's tensors as ``<parameter>.<name>`` in ``optimizer.tensors`` (of
+safetensors' format, but not with its ending: vLLM and others read every ``*.safetensors`` of a folder as weights), and
 ``training.json``: the rest, and a checksum of every other file. There is no random state: the batch and the random
 numbers of a step are functions of the seed, the step and the process.
 """
@@ -57,7 +58,7 @@ def save(
     with atomic_folder(path) as unfinished:
         try:
             write_model(unfinished)
-            save_file(optimizer, unfinished / "optimizer.safetensors")
+            save_file(optimizer, unfinished / "optimizer.tensors")
         except SafetensorError as error:  # what the writer makes of a full disk
             raise OSError(f"cannot write {path}: {error}") from error
         about = {"format": FORMAT, **dataclasses.asdict(state), "sha256": _checksums(unfinished)}
@@ -112,7 +113,7 @@ def read(path: Path) -> TrainingState:
 
 def read_optimizer(path: Path) -> dict[str, Tensor]:
     """The optimizer's tensors of a checkpoint."""
-    return load_file(path / "optimizer.safetensors")
+    return load_file(path / "optimizer.tensors")
 
 
 def _all(folder: Path) -> list[Path]:

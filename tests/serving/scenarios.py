@@ -6,9 +6,12 @@ By hand: ``python -m pytest tests/serving/scenarios.py --noconftest -o filterwar
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import math
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ import torch
 from torch import Tensor
 
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
+from fwpkm.training import checkpoint
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
+from fwpkm_vllm import commit
+from fwpkm_vllm.commit import CommitAfterPrompt
 from fwpkm_vllm.pages import RecordPages
 from vllm import LLM, SamplingParams
 from vllm.compilation.backends import split_graph
@@ -28,6 +34,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import set_forward_context
+from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
 
 from tests.rounding import following
 from tests.serving.kept import Kept, keeping
@@ -532,10 +539,10 @@ def test_requests_are_followed_to_their_rows():
     """Removed, added, moved, in this order, as vLLM's batch does it."""
     from types import SimpleNamespace
 
-    from fwpkm_vllm.commit import CommitAfterPrompt
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=6))
+    layers = SimpleNamespace(static_forward_context={})
+    config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=6), compilation_config=layers)
     followed = CommitAfterPrompt(config, torch.device("cpu"), False)
     asked = SamplingParams(extra_args={"commit_after_prompt": True})
 
@@ -554,27 +561,48 @@ def test_requests_are_followed_to_their_rows():
     assert not followed.asked
 
 
-def test_commit_after_prompt_is_refused_where_pages_are_shared(model):
-    with engine(model.name_or_path) as llm, pytest.raises(VLLMValidationError, match="no-enable-prefix-caching"):
-        generate(llm, prompts(5), extra_args={"commit_after_prompt": True})
+def test_commit_after_prompt_is_refused_by_engines_that_rely_on_where_chunks_end(model):
+    """Each engine for itself, whichever came after it in the process."""
+    alone = {"enable_prefix_caching": False}
+    expected: list[tuple[dict[str, Any], str]] = [
+        (alone, ""),
+        ({}, "no-enable-prefix-caching"),
+        (LIMIT | alone, "without fast_weight_log_limit"),
+        ({"hf_overrides": {"fwpkm_key_update": "fast"}} | alone, "a model whose keys stay"),
+    ]
+    plain: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 4096}
+    configs = [EngineArgs(model.name_or_path, **plain | x).create_engine_config() for x, _ in expected]
+    asked = SamplingParams(extra_args={"commit_after_prompt": True})
+    for config, (_, message) in zip(configs, expected, strict=True):
+        (kind,) = config.model_config.logits_processors
+        assert pickle.loads(pickle.dumps(kind)) is kind  # engines run in processes of their own
+        with pytest.raises(VLLMValidationError, match=message) if message else contextlib.nullcontext():
+            validate_logits_processors_parameters([kind], asked)
+        validate_logits_processors_parameters([kind], SamplingParams())
 
 
-def test_commit_after_prompt_is_refused_where_logs_are_folded(model):
-    from fwpkm_vllm.commit import CommitAfterPrompt
+def test_commit_after_prompt_is_refused_on_runner_v2():
+    from types import SimpleNamespace
 
-    options = LIMIT | {"enable_prefix_caching": False}
-    EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
-    with pytest.raises(ValueError, match="without fast_weight_log_limit"):
-        CommitAfterPrompt.validate_params(SamplingParams(extra_args={"commit_after_prompt": True}))
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+
+    config: Any = SimpleNamespace(use_v2_model_runner=True)
+    validate = build_custom_logits_processors_params_validator([commit.processor(config, False, False)])
+    validate(SamplingParams())
+    with pytest.raises(
+        VLLMValidationError, match=r"commit_after_prompt is True; expected .* VLLM_USE_V2_MODEL_RUNNER=0"
+    ):
+        validate(SamplingParams(extra_args={"commit_after_prompt": True}))
 
 
-def test_commit_after_prompt_is_refused_where_keys_move(model):
-    from fwpkm_vllm.commit import CommitAfterPrompt
-
-    options: dict[str, Any] = {"enable_prefix_caching": False, "hf_overrides": {"fwpkm_key_update": "fast"}}
-    EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
-    with pytest.raises(ValueError, match="a model whose keys stay"):
-        CommitAfterPrompt.validate_params(SamplingParams(extra_args={"commit_after_prompt": True}))
+def test_engines_in_one_process_follow_their_own_requests(model):
+    """Another engine's requests commit, and these do not, though they have the same rows."""
+    texts = prompts(30, 47)
+    options = {"enable_prefix_caching": False, "num_gpu_blocks_override": 150, "max_model_len": 512}
+    with engine(model.name_or_path, **options) as first:
+        second = CommitAfterPrompt(copy.deepcopy(first.llm_engine.vllm_config), torch.device("cpu"), False)
+        second.origins[:2], second.asked = 7, True
+        check(model, texts, generate(first, texts, max_tokens=40))
 
 
 @pytest.mark.parametrize(
@@ -587,6 +615,15 @@ def test_commit_after_prompt_is_refused_where_keys_move(model):
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager is True; expected false"),
         ({"additional_config": {"fast_weight_log_limit": 0}}, "fast_weight_log_limit is 0; expected a positive number"),
         ({"additional_config": {"fast_weight_log_limit": "1K"}}, "fast_weight_log_limit is '1K'; expected a positive"),
+        ({"additional_config": {"fast_weight_log_limit": True}}, "fast_weight_log_limit is True; expected a positive"),
+        ({"additional_config": {"fast_weight_log_limit": 64.0}}, "fast_weight_log_limit is 64.0; expected a positive"),
+        ({"additional_config": {"fast_weight_log_limit": 10**12}}, r"0; expected at most max_model_len \(4096\)"),
+        ({"additional_config": {"fast_weight_log_limt": 64}}, "is 'fast_weight_log_limt'; expected 'fast_weight_log_l"),
+        ({"hf_overrides": {"head_dim": 24}}, "head_dim is 24; expected one that CPU_ATTN has: 32, 64, 80"),
+        ({"hf_overrides": {"fwpkm_score_eps": math.inf}}, "fwpkm_score_eps is inf; expected a number > 0, and finite"),
+        ({"hf_overrides": {"fwpkm_topk": "8"}}, "fwpkm_topk is '8'; expected an integer"),
+        ({"hf_overrides": {"fwpkm_tpok": 8}}, "a field is 'fwpkm_tpok'; expected fields of"),
+        ({"hf_overrides": {"hidden_act": "gelu"}}, "hidden_act is gelu; expected silu"),
         ({"hf_overrides": {"layer_types": ["linear_attention"] * 3}}, "layer_types is linear_attention; expected"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -596,15 +633,44 @@ def test_what_cannot_be_served_is_refused(model, options, message):
         EngineArgs(model.name_or_path, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
 
 
-def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
+VALUES, QUERIES = "model.layers.2.memory.values", "model.layers.1.self_attn.q_proj.weight"
+DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "absent": (lambda x: x.pop(VALUES), f"without {VALUES}"),
+    "part of a fused one": (lambda x: x.pop(QUERIES), f"without {QUERIES}"),
+    "many": (lambda x: [x.pop(name) for name in list(x)[3:]], "without .* and [0-9]+ more"),
+    "unknown": (lambda x: x.update(other=torch.zeros(2)), "with other; expected tensors of the model"),
+    "misspelled": (lambda x: x.update({f"{VALUES}2": torch.zeros(2)}), f"with {VALUES}2; expected tensors"),
+    "shape": (lambda x: x.update({VALUES: x[VALUES][:-1].clone()}), rf"{VALUES}.shape is \[143, 12\]; expected \[144"),
+    "shape of a fused one": (lambda x: x.update({QUERIES: torch.zeros(3, 48)}), rf"{QUERIES}.shape is \[3, 48\]"),
+    "NaN": (lambda x: x[VALUES].view(-1)[7:8].fill_(torch.nan), f"{VALUES} holds NaN or infinities"),
+    "infinite": (lambda x: x[QUERIES].view(-1)[7:8].fill_(-torch.inf), f"{QUERIES} holds NaN or infinities"),
+    "dtype": (lambda x: x.update({QUERIES: x[QUERIES].int()}), f"{QUERIES}.dtype is torch.int32; expected torch.float"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     from safetensors.torch import load_file, save_file
 
+    change, message = DAMAGE[damage]
     make(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.2.memory.values"]
+    change(tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"without blocks\.2\.memory\.values"), engine(tmp_path):
+    with pytest.raises(ValueError, match=message), engine(tmp_path):
         pass
+
+
+def test_the_folder_of_a_training_is_served(tmp_path):
+    """With the optimizer's tensors beside those of the model, by vLLM and by transformers."""
+    model = make(tmp_path / "model")
+    state = checkpoint.TrainingState(1, 1.0, {}, {})
+    optimizer = {f"{name}.exp_avg": torch.zeros_like(x) for name, x in model.named_parameters()}
+    checkpoint.save(tmp_path, state, model.save_pretrained, optimizer, keep=1)
+    folder = checkpoint.path_of(tmp_path, 1)
+    texts = prompts(30)
+    with engine(folder) as llm:
+        check(FwPKMForCausalLM.from_pretrained(folder).eval(), texts, generate(llm, texts, max_tokens=10))
 
 
 def test_a_compiled_model(model):

@@ -17,9 +17,9 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 from vllm.model_executor.models.utils import maybe_prefix
 
-from fwpkm.checks import require
+import fwpkm.models
+from fwpkm.checks import require, require_dtype, require_finite, require_shape
 from fwpkm.layers.block import product_key_memory
-from fwpkm.layers.fwpkm import FwPKM
 from fwpkm.layers.pkm import ProductKeyMemory
 from fwpkm.models.configuration import FwPKMConfig
 from fwpkm.models.modeling import memory_layer
@@ -36,7 +36,6 @@ FUSED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-MEMORY = ("keys", "values")  # tensors of a memory layer that may be buffers
 
 
 class DecoderBlock(nn.Module):
@@ -165,19 +164,31 @@ class FwPKMForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint of :class:`fwpkm.models.FwPKMForCausalLM`; every tensor of the model has to be in it."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
+        with torch.device("meta"):
+            shapes = {name: x.shape for name, x in fwpkm.models.FwPKMForCausalLM(self.config).state_dict().items()}
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        read: set[str] = set()
         loaded = set()
-        for name, tensor in weights:
-            *path, part, kind = name.split(".")
-            shard: list[Any] = []
+        for tensor_name, tensor in weights:
+            name, shard = tensor_name, list[Any]()
+            *path, part, kind = ("", *name.split("."))
             if part in FUSED:
                 fused, *shard = FUSED[part]
-                name = ".".join((*path, fused, kind))
+                name = ".".join((*path[1:], fused, kind))
+            if tensor_name in tied:  # some tools write it; the embedding is what counts, as in transformers
+                continue
+            require(name in own, "the checkpoint", f"with {tensor_name}", "tensors of the model, and no others")
+            require(tensor_name not in read, "the checkpoint", f"with {tensor_name} twice", "each tensor once")
+            if tensor_name in shapes:
+                require_shape(tensor_name, tensor, shapes[tensor_name])
             parameter = own[name]
+            if parameter.is_floating_point():
+                require_dtype(tensor_name, tensor, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                require_finite(tensor_name, tensor.to(parameter.dtype))
             getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *shard)
+            read.add(tensor_name)
             loaded.add(name)
-        needed = {name for name, _ in self.named_parameters()} | {
-            f"{path}.{name}" for path, module in self.named_modules() if isinstance(module, FwPKM) for name in MEMORY
-        }
-        absent = needed - loaded - ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
-        require(not absent, "the checkpoint", f"without {', '.join(sorted(absent))}", "one with every tensor")
+        absent = sorted(shapes.keys() - read - tied)
+        few = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        require(not absent, "the checkpoint", f"without {few}", "one with every tensor")
         return loaded

@@ -69,7 +69,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             common.seq_lens[:requests],
             tokens,
             common.max_query_len,
-            origins(requests, common.seq_lens.device),
+            origins(self.vllm_config, requests, common.seq_lens.device),
         )
         places = common.slot_mapping[:tokens].clamp_min(0)  # vLLM's -1, of padding, to the block of nobody
         due, together, doubled = [], [], []
