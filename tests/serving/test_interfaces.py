@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import ast
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from fwpkm_vllm import TESTED, is_tested
+from fwpkm_vllm import is_tested
+
+from tests.serving.interfaces import Plugin, Sources, complaints, overridden, reader
 
 ROOT = Path(__file__).parents[2]
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed: pip install fwpkm[vllm]")
@@ -23,17 +26,8 @@ def listed() -> set[str]:
     return set(re.findall(r"^\| `(vllm\.[\w.]+)` \|", page.split("<!-- names -->")[1].split("<!-- end")[0], re.M))
 
 
-def used() -> set[str]:
-    names = set()
-    for file in (ROOT / "integrations" / "vllm" / "fwpkm_vllm").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-                names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
 def test_every_name_is_listed():
-    assert listed() == used()
+    assert listed() == Plugin().names()
 
 
 @needs_vllm
@@ -41,6 +35,52 @@ def test_every_name_exists():
     """In a process of its own: importing vLLM changes much."""
     code = "\n".join(f"from {name.rpartition('.')[0]} import {name.rpartition('.')[2]}" for name in sorted(listed()))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True)
+
+
+def installed() -> Callable[[str], str | None]:
+    found = find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    return reader(Path(found.origin).parents[1])
+
+
+@needs_vllm
+def test_signatures():
+    """Of what is called, and of what is overridden, as the sources have them."""
+    assert complaints(Sources(installed())) == []
+    assert len(overridden(Sources(installed()))) > 30
+
+
+@pytest.mark.skipif("VLLM_WHEEL" not in os.environ, reason="VLLM_WHEEL names no wheel of another release, or folder")
+def test_signatures_of_a_release_that_cannot_be_installed():
+    sources = Sources(reader(Path(os.environ["VLLM_WHEEL"])))
+    assert complaints(sources) == []
+    assert not find_spec("vllm") or overridden(sources) == overridden(Sources(installed()))
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("file", "old", "new", "complaint"),
+    [
+        ("v1/kv_cache_interface", "class SlidingWindowSpec(", "class Window(", "SlidingWindowSpec is not there"),
+        ("v1/core/single_type_kv_cache_manager", "max_length: int", "limit: int", "is called with limit, which"),
+        (
+            "model_executor/models/qwen3",
+            "max_position: int",
+            "longest: int",
+            "Qwen3Attention does not take max_position",
+        ),
+    ],
+)
+def test_changes_of_vllm_are_noticed(file, old, new, complaint):
+    read = installed()
+
+    def changed(path: str) -> str | None:
+        text = read(path)
+        return text.replace(old, new) if text and path == f"vllm/{file}.py" else text
+
+    said = complaints(Sources(changed))
+    assert any(complaint in line for line in said), said
 
 
 @needs_vllm
@@ -51,7 +91,7 @@ def test_vllm_finds_the_plugin():
 
 @pytest.mark.parametrize(
     ("version", "known"),
-    [(f"{TESTED}.0", True), (f"{TESTED}.9+cpu", True), ("0.3.2", False), ("0.33.0", False), ("1.32", False)],
+    [("0.32.0", True), ("0.32.9+cpu", True), ("0.33.0", True), ("0.3.2", False), ("0.34.0", False), ("1.32", False)],
 )
 def test_versions(version, known):
     assert is_tested(version) == known

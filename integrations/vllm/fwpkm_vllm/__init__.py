@@ -3,7 +3,9 @@
 vLLM finds :func:`register` by the entry point ``vllm.general_plugins``; nothing of this package is imported by hand.
 """
 
-TESTED = "0.32"  # the releases of vLLM that the tests ran with; its plugin interfaces change with every minor release
+# The releases of vLLM that the tests ran with, and one whose sources have all that is used; its plugin
+# interfaces change with every minor release.
+TESTED = ("0.32", "0.33")
 
 
 def register() -> None:
@@ -17,7 +19,7 @@ def register() -> None:
         from vllm.logger import init_logger
 
         message = "FwPKMForCausalLM cannot be served: fwpkm_vllm was made for vLLM %s, this is %s"
-        init_logger("vllm.fwpkm").warning(message, TESTED, vllm.__version__)
+        init_logger("vllm.fwpkm").warning(message, " and ".join(TESTED), vllm.__version__)
         return
 
     from vllm import ModelRegistry
@@ -36,5 +38,5 @@ def register() -> None:
 
 
 def is_tested(version: str) -> bool:
-    """Whether ``version`` of vLLM is one that the tests ran with."""
-    return version.split("+")[0].split(".")[:2] == TESTED.split(".")
+    """Whether ``version`` of vLLM is one that this was made for."""
+    return ".".join(version.split("+")[0].split(".")[:2]) in TESTED
