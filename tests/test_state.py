@@ -152,7 +152,7 @@ def test_crop(config, seed, masked, drop, cuts, flushed, again, **size):
     """Read a, read b, take back b is read a: at any place, in any number of calls, and again from there."""
     first, second, more = (draw_inputs(seed + i, **size) for i in range(3))
     length, batch = size["length"], size["batch"]
-    drop = min(drop, length)
+    drop = min(drop, 2 * length - 1)
     mask = flags(seed, masked, batch, 2 * length)
     tokens = [torch.cat(pair, 1) for pair in zip(first[:3], second[:3], strict=True)]
 

@@ -105,14 +105,14 @@ def _attention_mask(
         "position_ids": None if placement.starts is None else placement.positions,
         "layer_idx": layer,
     }
-    if kind == "full_attention":
+    window = config.sliding_window
+    if kind == "full_attention" or window is None:
         return create_causal_mask(**arguments)
     if placement.attention_mask is None:
         return create_sliding_window_causal_mask(**arguments)
-    read, window = placement.attention_mask.cumsum(1), config.sliding_window  # it counts real tokens, wherever they are
-    assert window is not None
-
-    def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return read[batch, query] - read[batch, key] < window
-
-    return create_causal_mask(**arguments, and_mask_function=within)
+    # A window counts real tokens, wherever they stand. As tensors: a graph for many lengths takes no mask function.
+    mask = create_causal_mask(**arguments, allow_is_causal_skip=False)
+    read = placement.attention_mask.cumsum(1)
+    first = read.shape[1] - mask.shape[-1]  # the first key that the layer keeps
+    near = read[:, None, -hidden.shape[1] :, None] - read[:, None, None, first:] < window
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, torch.finfo(mask.dtype).min)

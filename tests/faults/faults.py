@@ -1353,6 +1353,20 @@ FAULTS = [
         },
     ),
     *of(
+        "fwpkm/memory/trail.py",
+        f"{STATE}::test_crop {STATE}::test_how_far_back_crop_goes",
+        {
+            "a-flush-is-not-taken-back": (
+                "steps.append(step._replace(tensors=kept, flushed=False))",
+                "steps.append(step._replace(tensors=kept))",
+            ),
+            "a-trail-begins-too-late": (
+                "for i, behind in bounds if behind >= REACH), 0)",
+                "for i, behind in bounds), 0)",
+            ),
+        },
+    ),
+    *of(
         "fwpkm/functional/tokens.py",
         PACKED,
         {
