@@ -36,7 +36,7 @@ def main() -> int:
             if capability:
                 environment["ATEN_CPU_CAPABILITY"] = capability
             runs = [["tests", *(["-n", "2", "--dist", "loadfile"] if threads == 1 else [])]]
-            if find_spec("vllm"):
+            if threads == 1 and find_spec("vllm"):  # whose scenarios have one
                 runs.append(ENGINE)
             start = time.monotonic()
             codes = [

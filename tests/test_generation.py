@@ -18,8 +18,6 @@ from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from tests.draws import Draw, seeds
 from tests.test_models import LAYOUTS, MIXERS, make_config, make_model
 
-pytestmark = pytest.mark.numerical
-
 PAD = 0
 modes = {
     "greedy": {"do_sample": False},

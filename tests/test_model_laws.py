@@ -1,6 +1,5 @@
 """The laws of docs/design.md, section 2, through the whole language model: every layout, any mix of memory options."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +10,6 @@ from fwpkm.memory import KEY_UPDATES, WRITE_SCALES
 from fwpkm.models import FwPKMCache, FwPKMForCausalLM
 from tests.draws import Draw, seeds
 from tests.test_models import LAYOUTS, make_model
-
-pytestmark = pytest.mark.numerical
 
 memories = st.fixed_dictionaries(
     {

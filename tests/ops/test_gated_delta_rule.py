@@ -17,8 +17,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from fwpkm import ops
 from tests.draws import Draw, seeds
 
-pytestmark = pytest.mark.numerical
-
 CHUNK = sys.modules["fwpkm.ops.gated_delta_rule"].CHUNK
 BLOCK = sys.modules["fwpkm.ops.gated_delta_rule"].BLOCK * CHUNK
 LENGTHS = [0, 1, 2, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 9]

@@ -246,7 +246,8 @@ class Server:
         step = Step(batch, pages["log"], pages["recent"], folded, keys)
         with torch.no_grad():
             out = serve(self.layer, torch.cat(hidden), change(step) if change else step)
-        written = pages["log"].read("residuals", batch.owners, batch.positions)[: total - padding].float()
+        own = slice(0, total - padding)
+        written = pages["log"].read("residuals", batch.owners[own], batch.positions[own]).float()
         for (request, count), residuals in zip(pieces, written.split(counts.tolist()), strict=True):
             request.computed += count
             request.residuals.append(residuals)
@@ -271,7 +272,7 @@ def margin(layer: FwPKM, document: Tensor) -> float:
     """
     least, config = torch.inf, layer.config
     with torch.no_grad():
-        x, _, _ = layer._inputs(document.unsqueeze(0), None, None, None)
+        x = layer._inputs(document.unsqueeze(0), None, None, None)[0]
         keys = layer.keys.unsqueeze(0)
         for query in layer.query(x).unflatten(-1, (layer.heads, -1)).split(config.chunk_size, 1):
             scores, _, sub_scores, _ = product_key_address(query, keys, keys.shape[3], config.score)
