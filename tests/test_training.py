@@ -273,7 +273,7 @@ def lines(figure):
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.norm.weight[0] = torch.nan
+        model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="loss of step 1 is nan; expected a finite number"):
         train(model, make_tokens(), SETTINGS, tmp_path)
     assert not (tmp_path / "checkpoints").exists()

@@ -48,7 +48,7 @@ class Changes(NamedTuple):
             return
         if self.values is not None:
             weights.values.copy_(self.values)
-        if self.writes is not None:
+        if self.writes is not None and self.writes[0].shape[0]:  # no write is none, also where torch.func refuses them
             slots, *others = self.writes
             memory_write_(target.detach(), slots.to(target.device), *(x.to(target) for x in others))
         if self.keys is not None:
