@@ -970,8 +970,8 @@ FAULTS = [
         "tests/test_memory.py::test_bad_configuration",
         {
             "a-negative-lookahead": ('("lookahead", 0)', '("lookahead", -1)'),
-            "a-temperature-of-zero": ("require(getattr(self, name) > 0,", "require(getattr(self, name) >= 0,"),
-            "cuts-every-zero": ("every is None or every >= 1", "every is None or every >= 0"),
+            "a-temperature-of-zero": ("0, open=True)", "0)"),
+            "cuts-every-zero": ("and every >= 1", "and every >= 0"),
         },
     ),
     *of(
