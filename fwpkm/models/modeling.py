@@ -112,10 +112,6 @@ class FwPKMPreTrainedModel(PreTrainedModel):
             require(not refused, "attn_implementation", attn_implementation, "eager, sdpa or windowed_sdpa: {}", reason)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: a checkpoint names this package and holds no copy of its code."""
-
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Under torch's DistributedDataParallel each process keeps the memories it has: they are not sent around."""
