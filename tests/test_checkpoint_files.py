@@ -108,17 +108,13 @@ found.save_pretrained({str(tmp_path)!r})
     ("before", "trust", "message"),
     [
         ("", "", "trust_remote_code=True"),
-        (
-            "sys.modules['fwpkm'] = None; sys.path = [p for p in sys.path if not p.startswith({root!r})]",
-            ", trust_remote_code=True",
-            "fwpkm",
-        ),
+        ("sys.modules['fwpkm'] = None", ", trust_remote_code=True", "fwpkm"),
     ],
 )
 def test_one_line_says_what_is_missing(folder, before, trust, message):
     code = f"""
 import transformers
-{before.format(root=str(ROOT))}
+{before}
 try:
     transformers.AutoModelForCausalLM.from_pretrained(folder{trust})
 except (ValueError, ImportError) as error:
