@@ -85,7 +85,7 @@ models = st.fixed_dictionaries(
     {
         "fwpkm_scope": st.sampled_from(["sequence", "shared"]),
         "fwpkm_key_update": st.sampled_from(KEY_UPDATES),
-        "fwpkm_gate_weight": st.sampled_from([0.0, -0.5]),
+        "fwpkm_gate_weight": st.sampled_from([0.0, 0.5]),
         "fwpkm_chunk_size": st.integers(1, 12),
         "fwpkm_query_conv": st.sampled_from([0, 3]),
     }

@@ -165,7 +165,7 @@ def test_save_and_load(tmp_path, key_update):
     loaded = AutoConfig.from_pretrained(tmp_path).to_dict()
     for name, value in model.config.to_dict().items():
         assert name in ("_name_or_path", "transformers_version") or loaded[name] == value
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".json", ".py", ".safetensors"]
     want, half = model.bfloat16().state_dict(), FwPKMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.model.layers[1].mlp.values.dtype == torch.float32
     for name, x in half.state_dict().items():

@@ -67,6 +67,9 @@ class FastWeightMLP(nn.Module):
         self.weights = nn.ParameterList(torch.randn(shape) * shape[0] ** -0.5 for shape in shapes)
         self.log_rates = nn.Parameter(torch.full((len(shapes),), math.log(FIRST_RATE)))
 
+    def begin(self) -> None:
+        """Nothing to start a training forward from: no sequence shares a memory with others."""
+
     def forward(
         self,
         hidden: Tensor,
