@@ -103,7 +103,7 @@ def _read_run(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Read,
     recorded = slots if run.mask is None else torch.where(run.mask.unsqueeze(-1), slots, -1)
     state = state.record([by_token(x) for x in (recorded, coefficients, residuals, chunks, run.gate)], training)
 
-    whole = (already + length) // chunk
+    whole = _whole_chunks(already + length, chunk, n_chunks)
     left = already + length - whole * chunk  # tokens of the chunk that is open now
     waiting = min(left, lookahead)
     read_last = reads[:, -1, : reads.shape[2] - padding]
@@ -121,6 +121,14 @@ def _read_run(state: MemoryState, tokens: Tokens, training: bool) -> tuple[Read,
         state = dataclasses.replace(state, log=state.log.detach_before(bound))
     shown = slots if run.mask is None else torch.where(run.mask.unsqueeze(-1), slots, 0)
     return Read(*(by_token(x) for x in (output, shown, weights))), state, address.losses
+
+
+def _whole_chunks(tokens: int, chunk: int, n_chunks: int) -> int:
+    """How many of the chunks of a run, of ``tokens`` with those that were open before, end in it.
+
+    Of a single one it is asked, not computed: a graph for texts shorter than a chunk has no tensors of no chunks.
+    """
+    return tokens // chunk if n_chunks > 1 else 1 if tokens == chunk else 0
 
 
 def _both(gates: Tensor, mask: Tensor | None, start: int) -> Tensor:
@@ -169,7 +177,7 @@ def _address(state: MemoryState, tokens: Tokens, run: Tokens, exists: Tensor | N
     n_chunks, size = run.gate.shape[1:]
     length, chunk = tokens.gate.shape[1], config.chunk_size * state.columns
     already = number(state.open_tokens) * state.columns
-    whole = (already + length) // chunk
+    whole = _whole_chunks(already + length, chunk, n_chunks)
     moving = keys_commit(config, training)
     check_kept_queries(state, moving, training)
     before = state.open.columns() if state.open is not None and state.has_open else None

@@ -65,7 +65,9 @@ def causal_convolution(
         order = pad(mask, (reach, 0), value=True).int().argsort(dim=1, stable=True)
         x = x.gather(1, order.unsqueeze(-1).expand_as(x))
         sequence = None if sequence is None else sequence.gather(1, order)
-    if sequence is None:
+    # Not in graphs: after a convolution Inductor changes the layout of all that follows, whose strides it cannot order
+    # where sizes vary; sums of products it fuses with what stands around them.
+    if sequence is None and not torch.compiler.is_compiling():
         # As an image of one row in channels-last layout, which a depthwise convolution reads without a transposition.
         image, kernel = rearrange(x, "b t d -> b d 1 t"), weight[:, None, None]
         y = rearrange(nn.functional.conv2d(image, kernel, groups=x.shape[2]), "b d 1 t -> b t d")
@@ -73,9 +75,13 @@ def causal_convolution(
     else:
         y = torch.zeros_like(x[:, reach:])
         for i in range(reach + 1):
-            same = sequence[:, i : i + length] == sequence[:, reach:]
-            y = y + same.unsqueeze(-1) * weight[:, i] * x[:, i : i + length]
-        past = x[:, length:] * (sequence[:, length:] == sequence[:, -1:]).unsqueeze(-1)
+            seen = x[:, i : i + length]
+            if sequence is not None:
+                seen = seen * (sequence[:, i : i + length] == sequence[:, reach:]).unsqueeze(-1)
+            y = y + weight[:, i] * seen
+        past = x[:, length:]
+        if sequence is not None:
+            past = past * (sequence[:, length:] == sequence[:, -1:]).unsqueeze(-1)
     if mask is not None:  # and back to their places
         place = (length - mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0)
         y = torch.where(mask.unsqueeze(-1), y.gather(1, place.unsqueeze(-1).expand_as(y)), 0)
