@@ -242,7 +242,7 @@ def test_a_byte_of_any_value_can_be_drawn(tmp_path, trained):
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path)
     text = run("generate", tmp_path, "--prompt", "x", "--tokens", 300).stdout
-    assert len({character for character in text if ord(character) < 128}) > 60
+    assert len({character for character in text if ord(character) < 128}) > 50
 
 
 def test_generate_with_a_tokenizer(tmp_path, text, config, tokenizer):
@@ -314,8 +314,9 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, text, options, message):
         ("{", "is not JSON: "),
         ("[1]", "is list; expected an object with fields of FwPKMConfig"),
         ('{"hiden_size": 3, "hidden_size": 4}', "is hiden_size; expected fields of FwPKMConfig"),
+        ('{"fwpkm_topk": []}', "topk is []; expected an integer >= 1"),
         ('{"fwpkm_topk": 0}', "topk is 0; expected an integer >= 1"),
-        ('{"fwpkm_topk": [], "hidden_size": "large"}', "topk is []; expected an integer >= 1"),
+        ('{"fwpkm_topk": [], "hidden_size": "large"}', "hidden_size is 'large'; expected an integer >= 1"),
     ],
 )
 def test_a_configuration_that_describes_no_model(tmp_path, text, content, message):

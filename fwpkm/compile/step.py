@@ -183,7 +183,7 @@ class Step(nn.Module):
             names = f"blocks.{i}.memory.", f"blocks.{i}.attention."
             memory, attention = ({k.removeprefix(p): x for k, x in old.items() if k.startswith(p)} for p in names)
             cache = _AttentionCache(attention["keys"], attention["values"], position, block.self_attn.sliding_window)
-            hidden, result, _ = block(
+            result = block(
                 hidden,
                 memory_state=None if block.memory is None else self._memory_state(block, memory, position),
                 mask=mask,
@@ -191,8 +191,9 @@ class Step(nn.Module):
                 position_embeddings=embeddings,
                 attention_mask=cache.mask(positions),
             )
-            if result is not None:
-                new |= {names[0] + name: x for name, x in _memory_tensors(result.state, memory)}
+            hidden = result.hidden
+            if result.memory is not None:
+                new |= {names[0] + name: x for name, x in _memory_tensors(result.memory.state, memory)}
             new |= {f"{names[1]}keys": cache.keys, f"{names[1]}values": cache.values}
         return self.model.lm_head(model.norm(hidden)), [new[name] for name in old]
 

@@ -80,12 +80,12 @@ def fast_weight_memory(
         before = dataclasses.replace(state, trail=None)
         trail = (state.trail or Trail(read_again)).extend(before, part) if recorded else None
         read, state, found = _read(before, part, training)
-        state, losses = dataclasses.replace(state, trail=trail), losses + found
+        state, losses = dataclasses.replace(state.folded(), trail=trail), losses + found  # a trail keeps no long log
         reads.append(read)
     read = reads[0] if len(reads) == 1 else Read(*(torch.cat(x, 1) for x in zip(*reads, strict=True)))
     if commit_partial:
         losses = losses + _open_loss(state)
-        state = state.folded().flush()
+        state = state.flush()
     loss = losses.mean() if config.key_update == "slow" else losses.mean().detach()
     return MemoryResult(read.output, state.folded(), read.slots, read.weights, loss)
 
