@@ -12,7 +12,6 @@ import torch
 from benchmarks import compile as benchmark
 from benchmarks import overhead, tables, timing
 from benchmarks.check import WrongResultError
-from fwpkm.layers.host import CACHE
 
 pytestmark = pytest.mark.unpoisoned
 TINY = dataclasses.replace(
@@ -129,8 +128,8 @@ def test_wrong_decoding_is_not_timed(tmp_path, monkeypatch):
 
     def forgetful(self, **inputs):
         output = right(self, **inputs)
-        if inputs.get(CACHE) is not None:
-            inputs[CACHE].memories.clear()
+        if inputs.get("cache") is not None:
+            inputs["cache"].memories.clear()
         return output
 
     monkeypatch.setattr(benchmark.FwPKMForCausalLM, "forward", forgetful)
