@@ -242,7 +242,7 @@ class _AttentionCache:
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor, window: int | None) -> None:
         self.keys, self.values, self.position, self.window = keys, values, position, window
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         """Take the keys and values of ``T`` tokens, and return all that these tokens may see."""
         length = keys.shape[2]
         if self.window is None:
