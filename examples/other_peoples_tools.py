@@ -24,7 +24,7 @@ TEXTS = [f"The square of {i} is {i * i}, and that of {i + 1} is {(i + 1) ** 2}."
 UNSEEN = ["The square of 70 is 4900, and that of 71 is 5041."]
 
 
-def main(checkpoint: str, out: Path, steps: int = 20) -> None:
+def main(checkpoint: str, out: Path, steps: int = 12) -> None:
     def measure(what: str, folder: str) -> None:
         model = HFLM(pretrained=folder, device="cpu", dtype="float32", trust_remote_code=True)
         asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(UNSEEN)]
@@ -34,7 +34,9 @@ def main(checkpoint: str, out: Path, steps: int = 20) -> None:
     measure("before", checkpoint)
     trainer = SFTTrainer(
         checkpoint,
-        args=SFTConfig(str(out / "trainer"), max_steps=steps, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[]),
+        args=SFTConfig(
+            str(out / "trainer"), max_steps=steps, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[]
+        ),
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
     )

@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
-import torch
+from typer.testing import CliRunner
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install fwpkm[ecosystem]")
 from lm_eval.models.huggingface import HFLM  # noqa: E402 (after the skip)
 
+from fwpkm.cli import app  # noqa: E402
 from fwpkm.data.byte_tokenizer import END  # noqa: E402
-from fwpkm.evaluation.perplexity import perplexity  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXTS = ["def read(text):\n    return text + é\n" * 3, "The number is 12."]
@@ -23,15 +23,20 @@ def lm(checkpoint):
     return HFLM(pretrained=str(checkpoint), device="cpu", batch_size=1, dtype="float32")
 
 
-def test_rolling_likelihoods_are_the_perplexity(lm, model):
-    """Of texts after an end token, as lm-eval begins them."""
+def test_rolling_likelihoods_are_the_perplexity(lm, checkpoint, tmp_path):
+    """That of ``fwpkm eval perplexity``, of texts after an end token, as lm-eval begins them."""
     from lm_eval.api.instance import Instance
 
     asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)]
     for text, found in zip(TEXTS, lm.loglikelihood_rolling(asked, disable_tqdm=True), strict=True):
-        tokens = torch.tensor([END, *text.encode()], dtype=torch.uint8).numpy()
-        ours = perplexity(model, tokens, rows=1)
-        assert found == pytest.approx(-ours["loss"] * (len(tokens) - 1), rel=1e-4)
+        path, out, length = tmp_path / "text", tmp_path / "found.json", len(text.encode())
+        path.write_bytes(bytes([END]) + text.encode())
+        options = ["--text", path, "--tokens", length + 1, "--rows", 1, "--out", out]
+        result = CliRunner().invoke(app, ["eval", "perplexity", str(checkpoint), *map(str, options)])
+        assert result.exit_code == 0, result.output
+        (ours,) = json.loads(out.read_text())["figures"]["runs"]
+        assert ours["tokens"] == length + 1  # of which the first is not predicted
+        assert found == pytest.approx(-ours["loss"] * length, rel=1e-4)
         assert math.isfinite(found)
 
 

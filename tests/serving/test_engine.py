@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     options = ["-p", "no:cacheprovider", "--disable-warnings", "--show-capture=no", f"--junitxml={report}"]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        command + options, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=1200
+        command + options, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=3000
     )
     assert report.exists(), run.stdout + run.stderr
     found: dict[str, list[str]] = {}
