@@ -10,30 +10,88 @@ from collections import Counter
 import pytest
 
 from benchmarks import tables
-from tests.faults.faults import FAULTS
+from tests.faults.__main__ import digest
+from tests.faults.faults import CODE, FAULTS
 from tests.faults.planting import ROOT, with_fault
-
-ROOMS = ("fwpkm/ops", "fwpkm/memory", "fwpkm/functional")
+from tests.faults.rewriting import MODULE, rewritten
 
 
 def test_each_fault_has_its_place():
-    """Its text is once in its module, and what it becomes is other code."""
+    """Its code is once in its function, and what it becomes is other code."""
     texts = {fault.file: (ROOT / fault.file).read_text() for fault in FAULTS}
     trees = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
     for fault in FAULTS:
         assert ast.dump(ast.parse(with_fault(texts[fault.file], fault))) != trees[fault.file], fault.name
 
 
-def test_a_fault_without_a_place_is_noticed():
-    fault = FAULTS[0]
-    for text in ("", fault.original * 2):
-        with pytest.raises(ValueError, match=f"{fault.name}: .* is not once in {fault.file}"):
-            with_fault(text, fault)
+FUNCTION = "def f(x):\n    return x < 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "told"),
+    [
+        ("", "x < 1 => <=", "0 times in 0 functions f"),
+        (FUNCTION.replace("f(", "g("), "x < 1 => <=", "0 times in 0 functions f"),
+        (FUNCTION * 2, "x < 1 => <=", "2 times in 2 functions f"),
+        (FUNCTION, "x < 2 => <=", "0 times in 1 functions f"),
+        (FUNCTION.replace("1", "1 < x"), "x => -x", "2 times in 1 functions f"),
+        (FUNCTION, "x < 1", "expected 'before => after'"),
+        (FUNCTION, "x < 1 => x <", "invalid syntax"),
+    ],
+)
+def test_a_fault_without_a_place_is_noticed(text, rule, told):
+    fault = FAULTS[0]._replace(function="f", rule=rule)
+    with pytest.raises(ValueError, match=f"^{fault.name}: .* cannot be planted in {fault.file}: .*{told}"):
+        with_fault(text, fault)
+
+
+CLASS = """
+class A:
+    def f(self, x):  # é
+        def g(y):
+            return (y  # kept
+                + 1) * 2
+
+        x = self.n * (x + 1)
+        x.zero_()
+        return g(x=x, n=[i for i in x if i])  # é
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "rule", "before", "after"),
+    [
+        ("A.f.g", "X + 1 => X", "(y  # kept\n                + 1)", "((y))"),
+        ("A.f.g", "X * 2 => +", "(y  # kept\n                + 1) * 2", "(y + 1 + 2)"),
+        ("A.f", "X * (x + 1) => (x + 1) * X", "self.n * (x + 1)", "((x + 1) * self.n)"),
+        (
+            "A.f",
+            "x = X; Y => Y; x = X",
+            "x = self.n * (x + 1)\n        x.zero_()",
+            "x.zero_()\n        x = self.n * (x + 1)",
+        ),
+        ("A.f", "x.zero_() => pass", "x.zero_()", "pass"),
+        ("A.f", "x=x => x=-x", "x=x", "x = -x"),
+        ("A", "[X for i in Y if i] => X - Y", "[i for i in x if i]", "(i - x)"),
+        (MODULE, "self.n => 3", "self.n", "(3)"),
+    ],
+)
+def test_only_the_place_is_rewritten(function, rule, before, after):
+    assert rewritten(CLASS, function, rule) == CLASS.replace(before, after) != CLASS
+
+
+def test_results_are_kept_of_what_is_the_same():
+    """A rule in other words plants the same; other tests, or another fault, are another result."""
+    fault = next(fault for fault in FAULTS if fault.rule == "X < log.lengths.unsqueeze(1) => <=")
+    same = fault._replace(rule="X < Y.lengths.unsqueeze(1) => X <= Y.lengths.unsqueeze(1)")
+    assert digest(same) == digest(fault)
+    others = fault._replace(rule="X < log.lengths.unsqueeze(1) => >"), fault._replace(tests=("tests/test_pkm.py",))
+    assert len({digest(fault), *map(digest, others)}) == 3
 
 
 def test_every_module_has_faults():
     """And every fault a name of its own."""
-    modules = {path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"}
+    modules = {path for room in CODE for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"}
     assert {ROOT / fault.file for fault in FAULTS} == modules
     assert Counter(fault.name for fault in FAULTS).most_common(1)[0][1] == 1
 
@@ -78,15 +136,16 @@ from tests.faults.faults import Fault
 from tests.faults.planting import Tree, module_of
 
 tree, file, test = Tree(Path(sys.argv[1])), "fwpkm/memory/formulas.py", "tests/test_memory.py::test_reads_of_slot"
-for faulty, named, limit in [
-    ("ordered = entries", test, 99),
-    ("ordered = unknown", test, 99),
-    ("ordered = entries.sort(stable=True).values", test, 99),
-    ("ordered = (", test, 99),
-    ("ordered = entries", test + "_and_token", 99),
-    ("while True: pass", test, 5),
+place = "ordered = entries.sort().values"
+for function, rule, named, limit in [
+    ("reads_of_slot", f"{place} => ordered = entries", test, 99),
+    ("reads_of_slot", f"{place} => ordered = unknown", test, 99),
+    ("reads_of_slot", f"{place} => ordered = entries.sort(stable=True).values", test, 99),
+    ("<module>", "import torch => import unknown", test, 99),
+    ("reads_of_slot", f"{place} => ordered = entries", test + "_and_token", 99),
+    ("reads_of_slot", f"{place} => while True: pass", test, 5),
 ]:
-    fault = Fault("", file, "ordered = entries.sort().values", faulty, (named,))
+    fault = Fault("", file, function, rule, (named,))
     with tree.planted(fault):
         print(tree.run(fault.tests, limit, module_of(fault)).status)
 print(tree.run([test], 99).status)

@@ -15,10 +15,9 @@ from benchmarks.running import where
 from fwpkm.checks import require
 from fwpkm.cli.console import console
 from fwpkm.files import write_atomically
-from tests.faults.faults import FAULTS, Fault
-from tests.faults.planting import ROOT, Tree, module_of
+from tests.faults.faults import CODE, FAULTS, Fault
+from tests.faults.planting import ROOT, Tree, module_of, with_fault
 
-CODE = ("fwpkm/ops", "fwpkm/memory", "fwpkm/functional")
 PROFILE = "faults"  # of hypothesis: the examples of ci, which are the same each time; a failure is not made smaller
 Only = Annotated[list[str] | None, typer.Option(help="Name of a fault; may be given several times. [default: all]")]
 Limit = Annotated[float, typer.Option(help="Seconds that the tests of a fault may take.")]
@@ -29,12 +28,12 @@ def main(only: Only = None, limit: Limit = 300.0, out: Out = ROOT / "out" / "fau
     """Plant each fault in a copy of the tree, run the tests that are to notice it, and write what they found."""
     by_name = {fault.name: fault for fault in FAULTS}
     for name in only or ():
-        require(name in by_name, "--only", name, "the name of a fault in tests/faults/faults.py")
+        require(name in by_name, "--only", name, "the name of a fault in tests/faults/faults.ini")
     os.environ |= {"HYPOTHESIS_PROFILE": PROFILE, "TRITON_INTERPRET": "1"}
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"faults": {}}
     found: dict[str, Any] = {name: row for name, row in results["faults"].items() if name in by_name}
-    digests = {fault.name: digest(fault) for fault in FAULTS}
     wanted = [fault for fault in FAULTS if not only or fault.name in only]
+    digests = {fault.name: digest(fault) for fault in wanted}
     known = [fault.name for fault in wanted if found.get(fault.name, {}).get("digest") == digests[fault.name]]
     console.print(f"{len(wanted)} faults, {len(known)} known")
     due = [fault for fault in wanted if fault.name not in known]
@@ -82,10 +81,11 @@ def check(tree: Tree, faults: list[Fault]) -> None:
 
 
 def digest(fault: Fault) -> str:
-    """Of the fault, the code it is planted in, and its tests."""
+    """Of the module with the fault, all code that has faults, and the tests: not of how the rule is put."""
     files = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
     files += [ROOT / path for path in sorted({test.split("::")[0] for test in fault.tests})]
-    found = hashlib.sha256(repr(fault[1:5]).encode())
+    faulty = with_fault((ROOT / fault.file).read_text(), fault)
+    found = hashlib.sha256(repr((fault.file, faulty, fault.tests)).encode())
     for file in files:
         found.update(file.read_bytes())
     return found.hexdigest()[:16]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.faults.faults import Fault
+from tests.faults.rewriting import rewritten
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out")
@@ -83,9 +84,10 @@ class Tree:
 
 def with_fault(text: str, fault: Fault) -> str:
     """A module's text with the fault."""
-    if text.count(fault.original) != 1:
-        raise ValueError(f"{fault.name}: {fault.original!r} is not once in {fault.file}; expected one place for it")
-    return text.replace(fault.original, fault.faulty)
+    try:
+        return rewritten(text, fault.function, fault.rule)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{fault.name}: {fault.rule!r} cannot be planted in {fault.file}: {error}") from error
 
 
 def module_of(fault: Fault) -> str:
