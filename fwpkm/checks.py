@@ -24,8 +24,9 @@ def require_integer(argument: str, value: object, low: int) -> None:
 
 def require_number(argument: str, value: object, low: float = -math.inf, *, open: bool = False) -> None:
     """Check that a value is a finite number, which a flag is not, of at least ``low``, or above it if that is open."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    number = number and (value > low if open else value >= low)  # type: ignore[operator]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # a graph made for any sizes has numbers that math.isfinite does not take
+    number = number and abs(value) < math.inf and (value > low if open else value >= low)  # type: ignore[operator, arg-type]
     bound = f" {'>' if open else '>='} {low}" if math.isfinite(low) else ""
     require(number, argument, repr(value), "a number{}, and finite", bound)
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fwpkm.data.byte_tokenizer import byte_tokenizer
 from fwpkm.models import FwPKMConfig, FwPKMForCausalLM
 
 pytestmark = [
@@ -180,8 +181,8 @@ def complete(service: Service, prompt: str, tokens: int) -> None:
 
 
 def assert_text(text: str, ids: list[int]) -> None:
-    """That ``text`` is these bytes; the server holds back what may be the beginning of a character."""
-    whole = bytes(ids).decode(errors="replace")
+    """That ``text`` is these tokens'; the server holds back what may be the beginning of a character."""
+    whole = byte_tokenizer().decode(ids, skip_special_tokens=True)
     assert whole.startswith(text)
     assert set(whole[len(text) :]) <= {"\N{REPLACEMENT CHARACTER}"}
 
