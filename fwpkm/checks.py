@@ -19,16 +19,18 @@ def require(condition: bool, argument: str, value: object, expected: str, *detai
 def require_integer(argument: str, value: object, low: int) -> None:
     """Check that a value is a whole number, which a flag is not, of at least ``low`` and of at most 64 bits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and low <= value < 1 << 63, argument, repr(value), "an integer >= {}", low)  # type: ignore[operator]
+    if not (whole and low <= value < 1 << 63):  # type: ignore[operator]
+        require(False, argument, repr(value), "an integer >= {}", low)  # graphs for any sizes do not trace repr
 
 
 def require_number(argument: str, value: object, low: float = -math.inf, *, open: bool = False) -> None:
     """Check that a value is a finite number, which a flag is not, of at least ``low``, or above it if that is open."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    # a graph made for any sizes has numbers that math.isfinite does not take
+    # graphs for any sizes do not trace math.isfinite
     number = number and abs(value) < math.inf and (value > low if open else value >= low)  # type: ignore[operator, arg-type]
-    bound = f" {'>' if open else '>='} {low}" if math.isfinite(low) else ""
-    require(number, argument, repr(value), "a number{}, and finite", bound)
+    if not number:
+        bound = f" {'>' if open else '>='} {low}" if math.isfinite(low) else ""
+        require(False, argument, repr(value), "a number{}, and finite", bound)
 
 
 def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
