@@ -722,7 +722,7 @@ def test_slots_that_requests_touch_are_said(model, monkeypatch):
     with engine(model.name_or_path) as llm:
         generate(llm, texts, max_tokens=1)
     with torch.no_grad():
-        slots = [model(torch.tensor([text])).slots for text in texts]
+        slots = [model(torch.tensor([text]), output_memories=True).slots for text in texts]
     expected = [
         100 * len(set(layer[0, :tokens].flatten().tolist())) / 144
         for layers, text in zip(slots, texts, strict=True)
