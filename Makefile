@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo           train a small model and watch its memory at work"
 	@echo "make test           run the tests (ARGS=... goes to pytest)"
-	@echo "make test-numerical run what compares paths in float32 under each instruction set, with one thread and two"
+	@echo "make test-numerical run what compares paths in float32 under lower instruction sets, and with two threads"
 	@echo "make test-versions  run them with the newest and the oldest releases, without vLLM"
 	@echo "make check          lint, check formatting and types"
 	@echo "make docs           build the documentation, out/site/index.html"
@@ -30,7 +30,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
-# under each instruction set of this machine, with one thread and with two
+# the lower instruction sets of this machine with one thread, its best with two
 test-numerical: $(READY)
 	$(BIN)/python -m tests.numerical
 

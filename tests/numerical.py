@@ -26,28 +26,31 @@ def available() -> list[str]:
     return SETS[: SETS.index(best) + 1] if best in SETS else []
 
 
+def runs() -> list[tuple[str, int]]:
+    """Instruction sets and threads: the lower sets with one thread, the best with two; `make test` has one there."""
+    *lower, best = available() or [""]
+    return [*((capability, 1) for capability in lower), (best, 2)]
+
+
 def main() -> int:
     """Run them all, and say which failed; the exit code is how many."""
     failed = []
-    for capability in available() or [""]:
-        for threads in (1, 2):
-            name = f"{capability or 'as it is'}, {threads} thread{'s' * (threads > 1)}"
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HYPOTHESIS_PROFILE": "brief"}
-            if capability:
-                environment["ATEN_CPU_CAPABILITY"] = capability
-            runs = [["tests", *(["-n", "2", "--dist", "loadfile"] if threads == 1 else [])]]
-            if threads == 1 and find_spec("vllm"):  # whose scenarios have one
-                runs.append(ENGINE)
-            start = time.monotonic()
-            codes = [
-                subprocess.run(
-                    [sys.executable, "-m", "pytest", *run, *OPTIONS], cwd=Path(__file__).parents[1], env=environment
-                ).returncode
-                for run in runs
-            ]
-            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-            if any(codes):
-                failed.append(name)
+    for capability, threads in runs():
+        name = f"{capability or 'as it is'}, {threads} thread{'s' * (threads > 1)}"
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HYPOTHESIS_PROFILE": "brief"}
+        if capability:
+            environment["ATEN_CPU_CAPABILITY"] = capability
+        wanted = [["tests", *(["-n", "2", "--dist", "loadfile"] if threads == 1 else [])]]
+        if threads == 1 and find_spec("vllm"):  # whose scenarios have one
+            wanted.append(ENGINE)
+        start = time.monotonic()
+        codes = [
+            subprocess.run([sys.executable, "-m", "pytest", *run, *OPTIONS], cwd=ROOT, env=environment).returncode
+            for run in wanted
+        ]
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        if any(codes):
+            failed.append(name)
     print("failed: " + "; ".join(failed) if failed else "all passed")
     return len(failed)
 
